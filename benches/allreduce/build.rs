@@ -30,6 +30,6 @@ fn main() {
         Ok(()) => format!("Ok(include_bytes!({:?}))", fatbin.display().to_string()),
         Err(reason) => format!("Err({reason:?})"),
     };
-    let source = format!("static FLATTEN: Result<&[u8], &str> = {image};\n");
+    let source = format!("pub static IMAGE: Result<&[u8], &str> = {image};\n");
     fs::write(out.join("flatten.rs"), source).expect("can write to OUT_DIR");
 }

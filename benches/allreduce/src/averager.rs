@@ -130,8 +130,21 @@ pub trait Clock {
 pub struct Host;
 impl Clock for Host {}
 
+/// An iteration of work that is over when the clock has its end.
+pub fn timed<C: Clock + 'static>(
+    clock: C,
+    mut work: impl FnMut(&C) -> Result<(), Failure> + 'static,
+) -> Work {
+    Box::new(move || {
+        clock.start()?;
+        work(&clock)?;
+        clock.stop()?;
+        clock.took()
+    })
+}
+
 /// Averages on the host, or enqueues an average on a stream.
-pub fn start<'a, P: Parameters + ?Sized>(
+fn start<'a, P: Parameters + ?Sized>(
     averager: &'a mut ParamAverager,
     params: &mut P,
     weight: Option<f64>,
@@ -151,10 +164,6 @@ pub fn start<'a, P: Parameters + ?Sized>(
         None => averager.start(&mut params)?,
         Some(weight) => averager.start_weighted(&mut params, weight)?,
     }))
-}
-
-fn wait(pending: Option<Pending<'_>>) -> Result<(), Failure> {
-    pending.map_or(Ok(()), |pending| pending.wait().map(drop).map_err(Failure::from))
 }
 
 /// One average of all tensors, with a step of an outer optimizer if one is asked for. `ran`: what
@@ -181,7 +190,7 @@ pub fn average(
         clock.start()?;
         let pending = start(&mut averager, &mut replica, weight, clock.stream())?;
         clock.stop()?; // before the wait, so that the host's wake-up does not count
-        wait(pending)?;
+        pending.map(Pending::wait).transpose()?;
         clock.took()
     }))
 }
@@ -205,8 +214,7 @@ pub fn per_tensor(
         }
         uses.push(averager);
     }
-    Ok(Box::new(move || {
-        clock.start()?;
+    Ok(timed(clock, move |clock| {
         for (index, &averager) in uses.iter().enumerate() {
             let averager = &mut averagers[averager];
             let pending = start(averager, &mut replica.tensor(index), None, clock.stream())?;
@@ -214,8 +222,7 @@ pub fn per_tensor(
             // its error; what is enqueued is over when `took` returns.
             std::mem::forget(pending);
         }
-        clock.stop()?;
-        clock.took()
+        Ok(())
     }))
 }
 
@@ -244,7 +251,7 @@ pub fn flatten<C: Clock + 'static>(
         let pending = start(&mut averager, &mut flat, None, clock.stream())?;
         moves(&clock, Direction::Unflatten)?;
         clock.stop()?;
-        wait(pending)?;
+        pending.map(Pending::wait).transpose()?;
         clock.took()
     }))
 }

@@ -201,7 +201,7 @@ pub struct Measuring {
 }
 
 /// The averager's options, for all rows that use one.
-#[derive(Clone, Debug, Group)]
+#[derive(Clone, Debug, Default, Group)]
 #[command(next_help_heading = "The averager's options")]
 pub struct Options {
     /// On CUDA devices, where the ring's mailboxes are: auto, peer (device memory) or host
@@ -235,12 +235,9 @@ pub struct Options {
     pub timeout: Option<Duration>,
 }
 
-/// A value of `-d`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Datatype {
-    All,
-    One(Dtype),
-}
+/// A value of `-d`: one, or all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Datatype(pub Vec<Dtype>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
@@ -315,8 +312,8 @@ pub fn size(text: &str) -> Result<u64, String> {
 
 fn datatype(text: &str) -> Result<Datatype, String> {
     match text {
-        "all" => Ok(Datatype::All),
-        _ => number::dtype(text).map(Datatype::One).ok_or_else(|| {
+        "all" => Ok(Datatype(Dtype::ALL.to_vec())),
+        _ => number::dtype(text).map(|dtype| Datatype(vec![dtype])).ok_or_else(|| {
             "use float (f32), double (f64), half (f16), bfloat16 (bf16) or all".into()
         }),
     }
@@ -375,7 +372,7 @@ mod tests {
         let line = "bench -g 2,4 -d half,f64 --algorithm ring,direct --baseline --layout gpt2";
         let What { ranks, datatype, algorithm, baseline, .. } = parse(line).unwrap().what;
         assert_eq!(ranks, [2, 4]);
-        assert_eq!(datatype, [Datatype::One(Dtype::F16), Datatype::One(Dtype::F64)]);
+        assert_eq!(datatype, [Dtype::F16, Dtype::F64].map(|dtype| Datatype(vec![dtype])));
         assert_eq!(
             (&algorithm[..], &baseline[..]),
             (&[Algorithm::Ring, Algorithm::Direct][..], &[Baseline::All][..])

@@ -97,21 +97,20 @@ impl Pass {
 
     /// The mean of some → others.
     fn pass(&self, mean: Function, from: &[Arc<Arena>], to: &[Arc<Arena>], stream: bool) {
+        let starts = |arenas: &[Arc<Arena>]| -> Vec<*mut u8> {
+            arenas.iter().map(|arena| arena.as_mut_ptr()).collect()
+        };
+        let (from, to) = (starts(from), starts(to));
         for buffer in self.buffers.iter() {
-            let size = buffer.dtype.size();
             let part = part(buffer.elements, self.part, self.parts);
             let dtype = Dtype::ALL.iter().position(|&dtype| dtype == buffer.dtype);
-            let starts = |arenas: &[Arc<Arena>]| -> Vec<*mut u8> {
-                arenas.iter().map(|arena| arena.as_mut_ptr().wrapping_add(buffer.offset)).collect()
-            };
-            let (from, to) = (starts(from), starts(to));
             let of = Mean {
                 from: from.as_ptr(),
                 reads: from.len(),
                 to: to.as_ptr(),
                 writes: to.len(),
-                begin: part.start * size,
-                end: part.end * size,
+                begin: buffer.offset + part.start * buffer.dtype.size(),
+                end: buffer.offset + part.end * buffer.dtype.size(),
                 dtype: dtype.expect("one of all") as u32,
                 stream,
             };

@@ -30,9 +30,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use cli::{Args, Backend};
 use failure::Failure;
 use plan::Section;
-use record::{Record, Sink};
 use run::{Bench, Ranks};
-use table::Table;
+use table::Report;
 use threads::Threads;
 
 fn main() -> ExitCode {
@@ -43,7 +42,7 @@ fn main() -> ExitCode {
             ExitCode::from(1)
         }
         Err(failure) => {
-            if !failure.is_silent() {
+            if !matches!(failure, Failure::Silent(_)) {
                 // In one piece: other ranks may write, too.
                 let line = format!("error: {failure}\n");
                 eprint!("{line}");
@@ -84,14 +83,14 @@ fn measure(args: &Args, sections: &[Section], ranks: &mut dyn Ranks) -> Result<u
     let report = ranks.prints().then(|| Report::open(args, sections, ranks, progress.clone()));
     let report = report.transpose();
     ranks.confirm(report.as_ref().err())?;
-    let (mut report, options) = (report?, args.options.clone());
-    let (check, corrupt) = (args.measuring.check == 1, args.corrupt);
-    let mut bench = Bench { options, check, corrupt, progress, seed: 0 };
+    let (mut report, mut bench) = (report?, Bench::new(args, progress));
     for section in sections {
-        for (index, group) in section.groups.iter().enumerate() {
+        let on = ranks.describe(section.groups[0].ranks);
+        let mut heading = Some([section.heading.clone(), on]);
+        for group in &section.groups {
             let records = bench.measure(ranks, group)?;
-            let first = (index == 0).then(|| (section, ranks.describe(group.ranks)));
-            let printed = report.as_mut().map_or(Ok(()), |report| report.group(first, records));
+            let print = |report: &mut Report| report.group(heading.take(), records);
+            let printed = report.as_mut().map_or(Ok(()), print);
             ranks.confirm(printed.as_ref().err())?;
             printed?;
         }
@@ -108,58 +107,4 @@ fn progress(sections: &[Section], shown: bool) -> ProgressBar {
     let target = ProgressDrawTarget::stderr();
     let bar = ProgressBar::with_draw_target(Some(Bench::steps(sections)), target);
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-/// Outputs: the table, files and pictures.
-struct Report {
-    table: Table,
-    sinks: Vec<Sink>,
-    records: Vec<Record>,
-    progress: ProgressBar,
-}
-
-impl Report {
-    fn open(
-        args: &Args,
-        sections: &[Section],
-        ranks: &dyn Ranks,
-        progress: ProgressBar,
-    ) -> Result<Self, Failure> {
-        run::fits(ranks, sections)?;
-        let mut sinks = vec![];
-        let measuring = &args.measuring;
-        for (path, format) in [
-            (&measuring.json, record::json as record::Format),
-            (&measuring.csv, record::csv),
-            (&measuring.plot, plot::svg),
-        ] {
-            sinks.extend(path.as_deref().map(|path| Sink::create(path, format)).transpose()?);
-        }
-        let table = Table::new(args, progress.clone());
-        table.preamble(args, &ranks.preamble())?;
-        Ok(Report { table, sinks, records: vec![], progress })
-    }
-
-    /// The records of a group, under a heading if it is the first of a section.
-    fn group(
-        &mut self,
-        first: Option<(&Section, String)>,
-        records: Vec<Record>,
-    ) -> Result<(), Failure> {
-        if let Some((section, ranks)) = first {
-            self.table.section(section, &ranks)?;
-        }
-        records.iter().try_for_each(|record| self.table.row(record))?;
-        self.table.notes(&records)?;
-        self.records.extend(records);
-        Ok(())
-    }
-
-    /// Returns the number of wrong elements.
-    fn close(self) -> Result<u64, Failure> {
-        self.progress.finish_and_clear();
-        self.table.ending(&self.records)?;
-        self.sinks.into_iter().try_for_each(|sink| sink.write(&self.records))?;
-        Ok(self.records.iter().filter_map(|record| record.wrong).sum())
-    }
 }

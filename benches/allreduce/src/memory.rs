@@ -1,12 +1,13 @@
 //! Host memory of the ranks' replicas: one block for each rank, mapped and touched once, with the
 //! tensors placed in it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
 use param_averager::Dtype;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
+#[cfg(target_os = "linux")]
+use sysinfo::{ProcessRefreshKind, ProcessesToUpdate};
 
 use crate::layout::Layout;
 
@@ -22,6 +23,14 @@ pub type Arena = MmapRaw;
 pub fn arena(bytes: usize) -> Arc<Arena> {
     let memory = MmapOptions::new().len(bytes.max(1)).populate().map_anon();
     Arc::new(memory.expect("it was found to fit").into())
+}
+
+/// Arenas, mapped at the same time, since touching memory for the first time is slow.
+pub fn arenas(count: usize, bytes: usize) -> Vec<Arc<Arena>> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..count).map(|_| scope.spawn(|| arena(bytes))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("only maps memory")).collect()
+    })
 }
 
 /// A tensor and its offset in bytes in its rank's memory.
@@ -102,38 +111,6 @@ impl Flat {
     }
 }
 
-/// Arenas kept from one group to the next, since touching memory for the first time is slow.
-#[derive(Default)]
-pub struct Pool(Vec<Arc<Arena>>);
-
-impl Pool {
-    /// Returns `count` arenas of at least `bytes`.
-    pub fn get(&mut self, count: usize, bytes: usize) -> Vec<Arc<Arena>> {
-        if self.0.iter().take(count).any(|arena| arena.len() < bytes) {
-            self.0.clear(); // before the new ones are allocated
-        }
-        let have = self.0.len();
-        let new: Vec<_> = std::thread::scope(|scope| {
-            let new = |_| scope.spawn(|| arena(bytes));
-            let threads: Vec<_> = (have..count).map(new).collect();
-            threads.into_iter().map(|thread| thread.join().expect("only maps memory")).collect()
-        });
-        self.0.extend(new);
-        self.0[..count].to_vec()
-    }
-}
-
-/// Calls `f(0..count)` on all cores and adds up the results.
-pub fn on_all_cores(count: usize, f: impl Fn(usize) -> u64 + Sync) -> u64 {
-    let next = AtomicUsize::new(0);
-    let jobs = || std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
-    let work = || jobs().take_while(|&job| job < count).map(&f).sum::<u64>();
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (1..cores().min(count)).map(|_| scope.spawn(work)).collect();
-        work() + threads.into_iter().map(|thread| thread.join().expect("adds numbers")).sum::<u64>()
-    })
-}
-
 /// Cores that this process may use.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, |cores| cores.get())
@@ -155,6 +132,15 @@ pub fn available() -> Option<(u64, u64)> {
     let limits = system.cgroup_limits().filter(|limits| limits.total_memory < all);
     let limits = limits.map_or((free, all), |limits| (limits.free_memory, limits.total_memory));
     (all > 0).then_some((free.min(limits.0), limits.1))
+}
+
+/// Bytes of memory that this process has touched and not given back.
+#[cfg(target_os = "linux")]
+pub fn resident() -> Option<u64> {
+    let (own, mut system) = (sysinfo::get_current_pid().ok()?, System::new());
+    let memory = ProcessRefreshKind::nothing().with_memory().without_tasks();
+    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[own]), false, memory);
+    Some(system.process(own)?.memory())
 }
 
 /// Bytes for people.

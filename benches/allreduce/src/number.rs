@@ -1,58 +1,38 @@
-//! The element types of tensors, and the types that sums are made in.
+//! The element types of tensors.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use param_averager::Dtype;
 
-/// An element type of tensors.
+/// Elements that are converted at a time, in the first-level cache.
+pub const CHUNK: usize = 256;
+
+/// An element type of tensors. Data are made and checked in f64.
 pub trait Number: Copy + Default + Send + Sync + 'static {
-    /// Type of sums.
-    type Sum: Float;
     /// Bits after the leading one.
     const MANTISSA: i32;
     /// Exponent of the smallest positive value, subnormal ones included.
     const SMALLEST: i32;
 
-    /// Converts exactly, into a slice of the same length.
-    fn widen(raw: &[Self], wide: &mut [Self::Sum]);
-    /// Rounds to nearest even, into a slice of the same length.
-    fn narrow(wide: &[Self::Sum], raw: &mut [Self]);
+    /// Converts exactly.
+    fn widen(raw: &[Self; CHUNK], wide: &mut [f64; CHUNK]);
+    /// Rounds to nearest even, halves after f32.
+    fn narrow(wide: &[f64; CHUNK], raw: &mut [Self; CHUNK]);
     /// Bits in memory.
     fn bits(self) -> u64;
 }
 
-/// A type that sums are made in.
-pub trait Float: Copy + Default + Into<f64> {
-    /// Rounds.
-    fn of(x: f64) -> Self;
-}
-
-impl Float for f32 {
-    #[inline(always)]
-    fn of(x: f64) -> f32 {
-        x as f32
-    }
-}
-
-impl Float for f64 {
-    #[inline(always)]
-    fn of(x: f64) -> f64 {
-        x
-    }
-}
-
 macro_rules! number {
-    ($type:ty, $sum:ty, $mantissa:literal, $smallest:literal, $widen:expr, $narrow:expr) => {
+    ($type:ty, $widen:expr, $narrow:expr) => {
         impl Number for $type {
-            type Sum = $sum;
-            const MANTISSA: i32 = $mantissa;
-            const SMALLEST: i32 = $smallest;
+            const MANTISSA: i32 = <$type>::MANTISSA_DIGITS as i32 - 1;
+            const SMALLEST: i32 = <$type>::MIN_EXP - <$type>::MANTISSA_DIGITS as i32;
             #[inline(always)]
-            fn widen(raw: &[$type], wide: &mut [$sum]) {
+            fn widen(raw: &[$type; CHUNK], wide: &mut [f64; CHUNK]) {
                 $widen(raw, wide)
             }
             #[inline(always)]
-            fn narrow(wide: &[$sum], raw: &mut [$type]) {
+            fn narrow(wide: &[f64; CHUNK], raw: &mut [$type; CHUNK]) {
                 $narrow(wide, raw)
             }
             #[inline(always)]
@@ -62,30 +42,34 @@ macro_rules! number {
         }
     };
 }
-number!(f32, f32, 23, -149, copy, copy);
-number!(f64, f64, 52, -1074, copy, copy);
-number!(f16, f32, 10, -24, to_f32, of_f32);
-number!(bf16, f32, 7, -133, to_f32, of_f32);
+number!(f32, |raw, wide| each(raw, wide, f64::from), |wide, raw| each(wide, raw, |x| x as f32));
+number!(f64, |raw, wide| each(raw, wide, |x| x), |wide, raw| each(wide, raw, |x| x));
+number!(f16, widen_half, narrow_half);
+number!(bf16, widen_half, narrow_half);
 
 #[inline(always)]
-fn copy<T: Copy>(from: &[T], to: &mut [T]) {
-    to.copy_from_slice(from);
+fn each<T: Copy, U>(from: &[T; CHUNK], to: &mut [U; CHUNK], f: impl Fn(T) -> U) {
+    from.iter().zip(to).for_each(|(from, to)| *to = f(*from));
 }
 
 #[inline(always)]
-fn to_f32<T>(raw: &[T], wide: &mut [f32])
+fn widen_half<T>(raw: &[T; CHUNK], wide: &mut [f64; CHUNK])
 where
     [T]: HalfFloatSliceExt,
 {
-    raw.convert_to_f32_slice(wide);
+    let mut single = [0.0; CHUNK];
+    raw[..].convert_to_f32_slice(&mut single);
+    each(&single, wide, f64::from);
 }
 
 #[inline(always)]
-fn of_f32<T>(wide: &[f32], raw: &mut [T])
+fn narrow_half<T>(wide: &[f64; CHUNK], raw: &mut [T; CHUNK])
 where
     [T]: HalfFloatSliceExt,
 {
-    raw.convert_from_f32_slice(wide);
+    let mut single = [0.0; CHUNK];
+    each(wide, &mut single, |x| x as f32);
+    raw[..].convert_from_f32_slice(&single);
 }
 
 /// Evaluates an expression with `$T` as the Rust type of a dtype.

@@ -7,7 +7,7 @@ use crate::cli::{Args, Backend, Baseline, Datatype};
 use crate::failure::Failure;
 use crate::layout::Layout;
 use crate::load::load;
-use crate::rows::{self, Kind, Row};
+use crate::rows::{self, Kind, Row, PROCESSES, THREADS};
 
 /// Rows that share a layout and a world, and are measured turn by turn.
 #[derive(Clone, Debug)]
@@ -29,14 +29,34 @@ pub struct Section {
 /// All of a run.
 pub fn plan(args: &Args) -> Result<Vec<Section>, Failure> {
     refuse(args)?;
-    let sizes = &args.sizes;
-    if let Some(spec) = &sizes.layout {
-        return models(args, spec);
+    let flags = &args.sizes;
+    let model = flags.layout.as_deref().map(load).transpose()?;
+    let model = model.map(|model| model.scaled(flags.scale.unwrap_or(1.0)));
+    let sizes = match model {
+        Some(_) => vec![],
+        None if flags.min.or(flags.max).or(flags.step).or(flags.factor).is_none() => {
+            return tour(args)
+        }
+        None => sizes(args)?,
+    };
+    let mut sections = vec![];
+    for dtype in dtypes(args).map_or(vec![None], |dtypes| dtypes.into_iter().map(Some).collect()) {
+        let layouts: Vec<Layout> = match (&model, dtype) {
+            (Some(model), None) => vec![model.clone()],
+            (Some(model), Some(dtype)) => vec![model.clone().with_dtype(dtype)],
+            (None, _) => {
+                sizes.iter().map(|&size| Layout::flat(size, dtype.unwrap_or(Dtype::F32))).collect()
+            }
+        };
+        for ranks in ranks(args, &[2]) {
+            let group = |layout: &Layout| {
+                let baselines = &args.what.baseline;
+                group(args, layout.clone(), ranks, &averages(args), baselines, (20, 5))
+            };
+            sections.push(Section::new(layouts.iter().map(group).collect()));
+        }
     }
-    if sizes.min.or(sizes.max).or(sizes.step).or(sizes.factor).is_some() {
-        return sweeps(args);
-    }
-    tour(args)
+    Ok(sections)
 }
 
 /// Refuses flags that exclude each other.
@@ -80,8 +100,8 @@ fn tour(args: &Args) -> Result<Vec<Section>, Failure> {
     let asked = &args.what.baseline[..];
     let or = |default| if asked.is_empty() { default } else { asked };
     let (all, few) = (or(&[Baseline::All]), or(&[Baseline::Limit]));
-    let group = |layout, ranks, averages: &[Row], baselines: &[Baseline]| {
-        group_of(args, layout, ranks, averages, baselines, (9, 1))
+    let of = |layout, ranks, averages: &[Row], baselines: &[Baseline]| {
+        Section::new(vec![group(args, layout, ranks, averages, baselines, (9, 1))])
     };
     let ranks = ranks(args, if args.what.processes { &[2] } else { &[2, 4] });
     let dtypes = dtypes(args);
@@ -89,51 +109,23 @@ fn tour(args: &Args) -> Result<Vec<Section>, Failure> {
     for &dtype in dtypes.as_deref().unwrap_or(&[Dtype::F32]) {
         for &ranks in &ranks {
             let layout = gpt2.clone().with_dtype(dtype);
-            sections.push(Section::of(group(layout, ranks, &averages, all)));
+            sections.push(of(layout, ranks, &averages, all));
         }
     }
     if dtypes.is_none() {
         let two = &averages[..averages.len().min(2)];
-        sections.push(Section::of(group(gpt2.with_dtype(Dtype::Bf16), ranks[0], two, few)));
+        sections.push(of(gpt2.with_dtype(Dtype::Bf16), ranks[0], two, few));
     }
     let sizes = std::iter::successors(Some(1024), |size| Some(size * 4)).take(9);
     let dtype = dtypes.map_or(Dtype::F32, |dtypes| dtypes[0]);
-    let sweep = sizes.map(|size| {
-        group_of(args, Layout::flat(size, dtype), ranks[0], &averages[..1], few, (20, 5))
-    });
-    sections.extend(Section::sweep(sweep.collect()));
+    let sweep = sizes
+        .map(|size| group(args, Layout::flat(size, dtype), ranks[0], &averages[..1], few, (20, 5)));
+    sections.push(Section::new(sweep.collect()));
     Ok(sections)
-}
-
-fn models(args: &Args, spec: &str) -> Result<Vec<Section>, Failure> {
-    let layout = load(spec)?.scaled(args.sizes.scale.unwrap_or(1.0));
-    let layouts = match dtypes(args) {
-        Some(dtypes) => dtypes.into_iter().map(|dtype| layout.clone().with_dtype(dtype)).collect(),
-        None => vec![layout],
-    };
-    let ranks = ranks(args, &[2]);
-    let pairs = layouts.iter().flat_map(|layout| ranks.iter().map(move |&ranks| (layout, ranks)));
-    Ok(pairs.map(|(layout, ranks)| Section::of(group(args, layout.clone(), ranks))).collect())
-}
-
-fn sweeps(args: &Args) -> Result<Vec<Section>, Failure> {
-    let sizes = sizes(args)?;
-    let mut sections = vec![];
-    for dtype in dtypes(args).unwrap_or(vec![Dtype::F32]) {
-        for ranks in ranks(args, &[2]) {
-            let groups = sizes.iter().map(|&size| group(args, Layout::flat(size, dtype), ranks));
-            sections.extend(Section::sweep(groups.collect()));
-        }
-    }
-    Ok(sections)
-}
-
-fn group(args: &Args, layout: Layout, ranks: usize) -> Group {
-    group_of(args, layout, ranks, &averages(args), &args.what.baseline, (20, 5))
 }
 
 /// `times`: iterations and warm-up where the command line has none.
-fn group_of(
+fn group(
     args: &Args,
     layout: Layout,
     ranks: usize,
@@ -184,11 +176,8 @@ fn ranks(args: &Args, default: &[usize]) -> Vec<usize> {
 }
 
 fn dtypes(args: &Args) -> Option<Vec<Dtype>> {
-    let each = args.what.datatype.iter().flat_map(|datatype| match *datatype {
-        Datatype::All => Dtype::ALL.to_vec(),
-        Datatype::One(dtype) => vec![dtype],
-    });
-    Some(each.collect::<Vec<_>>()).filter(|dtypes| !dtypes.is_empty())
+    let all: Vec<_> = args.what.datatype.iter().flat_map(|Datatype(each)| each.clone()).collect();
+    (!all.is_empty()).then_some(all)
 }
 
 /// The library's rows.
@@ -209,7 +198,8 @@ fn with_baselines(
     tensors: usize,
 ) -> Vec<Row> {
     if args.what.processes {
-        return rows::of_processes(!args.options.no_commit).to_vec();
+        let kind = Row::average(Algorithm::Ring, !args.options.no_commit).kind;
+        return [PROCESSES, THREADS].map(|are| Row { kind, ranks_are: Some(are) }).to_vec();
     }
     let asked = |name| baselines.contains(&name) || baselines.contains(&Baseline::All);
     let (flatten, limit) = (asked(Baseline::Flatten), asked(Baseline::Limit));
@@ -240,30 +230,22 @@ fn with_baselines(
 }
 
 impl Section {
-    fn of(group: Group) -> Section {
-        let layout = &group.layout;
+    /// Section of one model, or of sizes of flat buffers.
+    fn new(groups: Vec<Group>) -> Section {
+        let Group { layout, ranks, iterations, warmup, .. } = &groups[0];
         let scale = layout.scale.map_or(String::new(), |scale| format!(" at scale {scale}"));
         let note = layout.note.as_ref().map_or(String::new(), |note| format!(" ({note})"));
-        let heading = format!(
-            "{}{scale}: {} tensors, {} parameters in {}{note}, {}",
-            layout.name,
-            layout.tensors.len(),
-            HumanCount(layout.elements()),
-            layout.dtype_name(),
-            counts(&group)
-        );
-        Section { heading, groups: vec![group] }
+        let (name, tensors) = (&layout.name, layout.tensors.len());
+        let (elements, dtype) = (HumanCount(layout.elements()), layout.dtype_name());
+        let what = match name.as_str() {
+            "flat" => format!("flat buffers, {dtype}"),
+            _ => {
+                format!("{name}{scale}: {tensors} tensors, {elements} parameters in {dtype}{note}")
+            }
+        };
+        let heading = format!("{what}, {ranks} ranks, median of {iterations} after {warmup}");
+        Section { heading, groups }
     }
-
-    fn sweep(groups: Vec<Group>) -> Option<Section> {
-        let first = groups.first()?;
-        let heading = format!("flat buffers, {}, {}", first.layout.dtype_name(), counts(first));
-        Some(Section { heading, groups })
-    }
-}
-
-fn counts(group: &Group) -> String {
-    format!("{} ranks, median of {} after {}", group.ranks, group.iterations, group.warmup)
 }
 
 #[cfg(test)]

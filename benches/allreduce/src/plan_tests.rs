@@ -17,7 +17,7 @@ fn sizes(line: &str) -> Vec<u64> {
     sections[0].groups.iter().map(|group| group.layout.bytes()).collect()
 }
 
-fn labels(line: &str) -> Vec<&'static str> {
+fn labels(line: &str) -> Vec<String> {
     plan(line).unwrap()[0].groups[0].rows.iter().map(|row| row.label()).collect()
 }
 

@@ -10,6 +10,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::FontFamily;
 
 use crate::record::{Details, Record};
+use crate::rows::Row;
 
 const WIDTH: u32 = 960;
 /// Heights of a title, of a panel of lines, and of a bar with the gap after it.
@@ -44,10 +45,9 @@ pub fn svg(records: &[Record], file: &mut dyn Write) -> io::Result<()> {
 
 fn draw(records: &[Record], text: &mut String) -> Drawn {
     // A panel of one layout, dtype and number of ranks; of flat buffers, all sizes.
-    let key = |r: &Record| (r.layout.clone(), r.dtype.clone(), r.ranks);
+    let key = |r: &Record| (r.layout.name.clone(), r.layout.dtype_name(), r.ranks);
     let panels: Vec<&[Record]> = records.chunk_by(|a, b| key(a) == key(b)).collect();
-    let sizes = |panel: &[Record]| panel.iter().any(|record| record.bytes != panel[0].bytes);
-    let height = |panel: &&[Record]| match sizes(panel) {
+    let height = |panel: &&[Record]| match has_sizes(panel) {
         true => LINES,
         false => TITLE + BAR * panel.len() as u32 + 34,
     };
@@ -61,7 +61,7 @@ fn draw(records: &[Record], text: &mut String) -> Drawn {
     for panel in panels {
         let (area, below) = rest.split_vertically(height(&panel));
         rest = below;
-        if sizes(panel) {
+        if has_sizes(panel) {
             lines(&area, panel)?;
         } else {
             bars(&area, panel)?;
@@ -75,17 +75,20 @@ fn font(size: i32) -> TextStyle<'static> {
     (FontFamily::SansSerif, size).into_text_style(&(WIDTH, WIDTH)).color(&BLACK)
 }
 
+/// True for a sweep.
+fn has_sizes(panel: &[Record]) -> bool {
+    panel.iter().any(|record| record.layout.bytes() != panel[0].layout.bytes())
+}
+
 fn title(panel: &[Record]) -> String {
-    let Record { layout, dtype, ranks, bytes, tensors, .. } = &panel[0];
-    let on = format!("{dtype}, {ranks} ranks");
-    match panel.iter().any(|record| record.bytes != *bytes) {
-        true => format!("Bandwidth over size: {layout} buffers, {on}"),
-        false => {
-            let one = *tensors == 1;
-            let tensors = format!("{tensors} tensor{}", if one { "" } else { "s" });
-            format!("Time of an average (ms): {layout}, {tensors}, {}, {on}", shown(*bytes as f64))
-        }
+    let Record { layout, ranks, .. } = &panel[0];
+    let (name, on) = (&layout.name, format!("{}, {ranks} ranks", layout.dtype_name()));
+    if has_sizes(panel) {
+        return format!("Bandwidth over size: {name} buffers, {on}");
     }
+    let (tensors, size) = (layout.tensors.len(), shown(layout.bytes() as f64));
+    let tensors = format!("{tensors} tensor{}", if tensors == 1 { "" } else { "s" });
+    format!("Time of an average (ms): {name}, {tensors}, {size}, {on}")
 }
 
 /// Bytes in powers of 1024.
@@ -101,7 +104,7 @@ fn lines(area: &Area, panel: &[Record]) -> Drawn {
     let of = |value: fn(f64, f64) -> f64, first: f64, each: &dyn Fn(&Record) -> Option<f64>| {
         panel.iter().filter_map(each).fold(first, value)
     };
-    let size = |record: &Record| Some(record.bytes as f64);
+    let size = |record: &Record| Some(record.layout.bytes() as f64);
     let (least, most) = (of(f64::min, f64::MAX, &size), of(f64::max, 1.0, &size));
     let top = of(f64::max, 1e-3, &Record::algbw) * 1.1;
     let mut chart = ChartBuilder::on(area)
@@ -121,23 +124,27 @@ fn lines(area: &Area, panel: &[Record]) -> Drawn {
         .label_style(font(12))
         .axis_desc_style(font(13))
         .draw()?;
-    let mut labels: Vec<&str> = vec![];
+    let mut rows: Vec<Row> = vec![];
     for record in panel {
-        if !labels.contains(&record.row.label()) {
-            labels.push(record.row.label());
+        if !rows.contains(&record.row) {
+            rows.push(record.row);
         }
     }
-    for (index, label) in labels.iter().enumerate() {
+    for (index, row) in rows.iter().enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
-        let points = panel.iter().filter(|record| record.row.label() == *label);
-        let points = points.filter_map(|record| Some((record.bytes as f64, record.algbw()?)));
+        let points = panel.iter().filter(|record| record.row == *row);
+        let points = points.filter_map(|record| Some((size(record)?, record.algbw()?)));
         let points: Vec<(f64, f64)> = points.collect();
         let line = colour.stroke_width(2);
         chart.draw_series(LineSeries::new(points.clone(), line).point_size(3))?;
         // Names beside the picture, where no line is.
         let (x, y) = (WIDTH as i32 - 200, 60 + 22 * index as i32);
         area.draw(&PathElement::new([(x, y), (x + 22, y)], line))?;
-        area.draw_text(label, &font(13).pos(Pos::new(HPos::Left, VPos::Center)), (x + 28, y))?;
+        area.draw_text(
+            &row.label(),
+            &font(13).pos(Pos::new(HPos::Left, VPos::Center)),
+            (x + 28, y),
+        )?;
     }
     Ok(())
 }
@@ -154,7 +161,7 @@ fn bars(area: &Area, panel: &[Record]) -> Drawn {
     for (index, record) in panel.iter().enumerate() {
         let top = TITLE as i32 + index as i32 * BAR as i32;
         let y = top + BAR as i32 / 2 - 3;
-        area.draw_text(record.row.label(), &middle(HPos::Right), (LEFT - 10, y))?;
+        area.draw_text(&record.row.label(), &middle(HPos::Right), (LEFT - 10, y))?;
         let Some(ms) = ms(record) else {
             area.draw_text("not measured", &middle(HPos::Left), (FIGURES, y))?;
             continue;

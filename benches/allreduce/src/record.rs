@@ -8,19 +8,16 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::failure::Failure;
-use crate::rows::{RanksAre, Row};
+use crate::layout::Layout;
+use crate::rows::Row;
 
 /// The result of a row.
 #[derive(Clone, Debug)]
 pub struct Record {
     pub row: Row,
-    pub layout: String,
-    pub tensors: usize,
-    pub dtype: String,
+    /// The tensors of one rank.
+    pub layout: Layout,
     pub ranks: usize,
-    pub elements: u64,
-    /// Bytes of one rank.
-    pub bytes: u64,
     /// Ascending. Empty: not measured.
     pub times: Vec<Duration>,
     /// `None`: not checked.
@@ -67,7 +64,7 @@ impl Record {
 
     /// GB/s, 10⁹ bytes: bytes / time.
     pub fn algbw(&self) -> Option<f64> {
-        Some(self.bytes as f64 / self.time()?.as_secs_f64().max(1e-9) / 1e9)
+        Some(self.layout.bytes() as f64 / self.time()?.as_secs_f64().max(1e-9) / 1e9)
     }
 
     /// algbw · 2(n − 1)/n. Of a copy there is none.
@@ -93,11 +90,11 @@ impl Record {
             ("method", self.row.name().into()),
             ("backend", backend.into()),
             ("algorithm", self.row.algorithm().into()),
-            ("layout", self.layout.as_str().into()),
-            ("tensors", self.tensors.into()),
-            ("dtype", self.dtype.as_str().into()),
+            ("layout", self.layout.name.as_str().into()),
+            ("tensors", self.layout.tensors.len().into()),
+            ("dtype", self.layout.dtype_name().into()),
             ("ranks", self.ranks.into()),
-            ("bytes", self.bytes.into()),
+            ("bytes", self.layout.bytes().into()),
             ("time_us", us(self.time())),
             ("min_us", us(self.times.first().copied())),
             ("max_us", us(self.times.last().copied())),
@@ -117,7 +114,7 @@ impl Record {
                 ("note", note.as_deref().into()),
             ]),
             Details::Processes { start, extra } => fields.extend([
-                ("ranks_are", self.row.ranks_are.map(RanksAre::name).into()),
+                ("ranks_are", self.row.ranks_are.into()),
                 ("ratio_to_threads", short(self.ratio())),
                 ("start_ms", short(Some(start.as_secs_f64() * 1e3))),
                 ("extra_rss_bytes", (*extra).into()),
@@ -183,18 +180,19 @@ fn unwritable(path: &Path, error: io::Error) -> Failure {
 
 #[cfg(test)]
 pub mod tests {
+    use param_averager::Dtype;
+
     use super::*;
+    use crate::layout::Tensor;
     use crate::rows::Kind;
 
     pub fn record() -> Record {
+        let tensor =
+            |elements| Tensor { name: "a".into(), shape: vec![elements], dtype: Dtype::F32 };
         Record {
             row: Kind::OnePass.into(),
-            layout: "a \"model\", mine.json".into(),
-            tensors: 2,
-            dtype: "f32".into(),
+            layout: Layout::new("a \"model\", mine.json", [50_000, 200_000].map(tensor).to_vec()),
             ranks: 4,
-            elements: 250_000,
-            bytes: 1_000_000,
             times: [100, 200, 400, 500].map(Duration::from_micros).to_vec(),
             wrong: Some(0),
             yardstick: Some(Duration::from_micros(200)),

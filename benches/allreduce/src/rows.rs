@@ -10,16 +10,12 @@ use crate::verify::{Roundings, Wire};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
     pub kind: Kind,
-    /// Kind of the ranks, with `--processes`.
-    pub ranks_are: Option<RanksAre>,
+    /// Kind of the ranks with `--processes`: `PROCESSES` or `THREADS`.
+    pub ranks_are: Option<&'static str>,
 }
 
-/// Ranks of a row of `--processes`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RanksAre {
-    Processes,
-    Threads,
-}
+pub const PROCESSES: &str = "processes";
+pub const THREADS: &str = "threads";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -44,25 +40,10 @@ pub enum Kind {
     HostCopies,
 }
 
-impl RanksAre {
-    pub fn name(self) -> &'static str {
-        match self {
-            RanksAre::Processes => "processes",
-            RanksAre::Threads => "threads",
-        }
-    }
-}
-
 impl From<Kind> for Row {
     fn from(kind: Kind) -> Row {
         Row { kind, ranks_are: None }
     }
-}
-
-/// The ring between processes, and the same between threads of one process.
-pub fn of_processes(commit: bool) -> [Row; 2] {
-    let kind = Row::average(Algorithm::Ring, commit).kind;
-    [RanksAre::Processes, RanksAre::Threads].map(|are| Row { kind, ranks_are: Some(are) })
 }
 
 /// Rows of NCCL: grouped, then flat.
@@ -88,12 +69,12 @@ impl Row {
     }
 
     /// Name in records.
-    pub fn name(&self) -> &'static str {
+    pub fn name(&self) -> String {
         self.names().0
     }
 
     /// Name in the table.
-    pub fn label(&self) -> &'static str {
+    pub fn label(&self) -> String {
         self.names().1
     }
 
@@ -101,34 +82,29 @@ impl Row {
         self.names().2
     }
 
-    fn names(&self) -> (&'static str, &'static str, &'static str) {
-        use RanksAre::{Processes, Threads};
-        use Step::{Adam, Nesterov};
-        match self.kind {
-            Kind::Average { algorithm: Algorithm::Ring, commit, step } => {
-                let (name, label) = match (commit, step, self.ranks_are) {
-                    (true, None, None) => ("average", "ring"),
-                    (true, None, Some(Processes)) => ("average", "ring, processes"),
-                    (true, None, Some(Threads)) => ("average", "ring, threads"),
-                    (false, None, None) => ("average_no_commit", "ring, no commit"),
-                    (false, None, Some(Processes)) => ("average_no_commit", "no commit, processes"),
-                    (false, None, Some(Threads)) => ("average_no_commit", "no commit, threads"),
-                    (_, Some(Nesterov), _) => ("average_nesterov", "ring, nesterov"),
-                    (_, Some(Adam), _) => ("average_adam", "ring, adam"),
+    fn names(&self) -> (String, String, &'static str) {
+        let (name, label, algorithm) = match self.kind {
+            Kind::Average { algorithm, commit, step } => {
+                let ring = algorithm == Algorithm::Ring;
+                // `Auto` stands for `direct` where ranks share an address space.
+                let algorithm = if ring { "ring" } else { "direct" };
+                let more = match step {
+                    Some(Step::Nesterov) => Some("nesterov"),
+                    Some(Step::Adam) => Some("adam"),
+                    None => (ring && !commit).then_some("no commit"),
                 };
-                (name, label, "ring")
+                let name = [Some("average"), more].into_iter().flatten().collect::<Vec<_>>();
+                let label: Vec<_> =
+                    [Some(algorithm), more, self.ranks_are].into_iter().flatten().collect();
+                // Three words are wider than the column.
+                let label = label[label.len().saturating_sub(2)..].join(", ");
+                return (name.join("_").replace(' ', "_"), label, algorithm);
             }
-            // `Auto` stands for `direct` where ranks share an address space.
-            Kind::Average { step, .. } => match step {
-                None => ("average", "direct", "direct"),
-                Some(Nesterov) => ("average_nesterov", "direct, nesterov", "direct"),
-                Some(Adam) => ("average_adam", "direct, adam", "direct"),
-            },
             Kind::PerTensor => ("per_tensor_ring", "ring per tensor", "ring"),
-            Kind::Flatten { copies } => match copies {
-                false => ("flatten_ring_unflatten", "flatten+ring+unflatten", "ring"),
-                true => ("copies_ring_copies", "copies+ring+copies", "ring"),
-            },
+            Kind::Flatten { copies: false } => {
+                ("flatten_ring_unflatten", "flatten+ring+unflatten", "ring")
+            }
+            Kind::Flatten { copies: true } => ("copies_ring_copies", "copies+ring+copies", "ring"),
             Kind::Nccl { flat, scale } => match (flat, scale) {
                 (false, false) => ("nccl_grouped_avg", "NCCL grouped avg", "nccl"),
                 (false, true) => ("nccl_grouped_sum_scale", "NCCL grouped sum+scale", "nccl"),
@@ -139,7 +115,8 @@ impl Row {
             Kind::TwoPass => ("two_pass_limit", "two-pass limit", "two_pass"),
             Kind::DeviceCopy => ("device_copy", "device copy", "copy"),
             Kind::HostCopies => ("pinned_host_both_ways", "pinned host both ways", "copy"),
-        }
+        };
+        (name.into(), label.into(), algorithm)
     }
 
     /// The reduction, as nccl-tests names it.
@@ -153,13 +130,12 @@ impl Row {
 
     /// Something to compare with. Unweighted, and printed dim.
     pub fn is_baseline(&self) -> bool {
-        self.ranks_are == Some(RanksAre::Threads) || !matches!(self.kind, Kind::Average { .. })
+        self.ranks_are == Some(THREADS) || !matches!(self.kind, Kind::Average { .. })
     }
 
     /// A multiple of its time is in the last column of the others.
     pub fn is_yardstick(&self) -> bool {
-        self.ranks_are == Some(RanksAre::Threads)
-            || matches!(self.kind, Kind::OnePass | Kind::DeviceCopy)
+        self.ranks_are == Some(THREADS) || matches!(self.kind, Kind::OnePass | Kind::DeviceCopy)
     }
 
     pub fn is_nccl(&self) -> bool {
@@ -174,11 +150,6 @@ impl Row {
     /// On a CUDA device: it needs the kernels of `flatten.cu`.
     pub fn needs_kernels(&self) -> bool {
         matches!(self.kind, Kind::Flatten { copies: false } | Kind::Nccl { .. })
-    }
-
-    /// On a CUDA device: it needs a second block of a replica's size.
-    pub fn needs_second(&self) -> bool {
-        self.is_copy() || self.is_nccl() || matches!(self.kind, Kind::Flatten { .. })
     }
 
     /// The limits of CPUs average flat buffers.
@@ -207,12 +178,12 @@ impl Row {
         }
     }
 
-    /// Blocks of a replica's size that ranks on CPUs need besides their own.
-    pub fn spare_arenas(&self, ranks: usize) -> usize {
+    /// Blocks of a replica's size that so many ranks need besides their own.
+    pub fn spare_blocks(&self, ranks: usize) -> usize {
         match self.kind {
-            Kind::Flatten { .. } => ranks,
+            Kind::Average { .. } | Kind::PerTensor | Kind::OnePass => 0,
             Kind::TwoPass => 1,
-            _ => 0,
+            _ => ranks,
         }
     }
 
@@ -226,7 +197,7 @@ impl Row {
                 let state = step.map_or(0, |step| step.state() + u64::from(waits));
                 u64::from(waits) * bytes + sums.saturating_mul(state)
             }
-            _ => self.spare_arenas(ranks) as u64 * bytes,
+            _ => self.spare_blocks(ranks) as u64 * bytes,
         }
     }
 }

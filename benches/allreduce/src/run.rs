@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 
-use crate::cli::Options;
+use crate::cli::{Args, Options};
 use crate::failure::Failure;
 use crate::layout::Layout;
 use crate::memory::{available, gib, Arena, Placed};
 use crate::plan::{Group, Section};
 use crate::record::{Details, Record};
+use crate::rows::Row;
 use crate::verify::{Check, Found};
 
 /// The iterations of a row are made in so many turns.
@@ -41,11 +42,6 @@ pub trait Ranks {
 
     /// Frees what `enter` prepared.
     fn leave(&mut self) {}
-
-    /// True if the row has a result that can be checked.
-    fn has_result(&self, _row: usize) -> bool {
-        true
-    }
 
     /// Host memory of the replicas of a row that this process has.
     fn replicas(&self, row: usize) -> Replicas;
@@ -78,6 +74,7 @@ pub trait Ranks {
 }
 
 /// Host memory of the ranks from `first` on.
+#[derive(Clone)]
 pub struct Replicas {
     pub first: usize,
     pub arenas: Vec<Arc<Arena>>,
@@ -85,16 +82,21 @@ pub struct Replicas {
 }
 
 pub struct Bench {
-    pub options: Options,
-    pub check: bool,
+    options: Options,
+    check: bool,
     /// Every checked result gets a wrong element.
-    pub corrupt: bool,
-    pub progress: ProgressBar,
+    corrupt: bool,
+    progress: ProgressBar,
     /// Seed of the next data.
-    pub seed: u64,
+    seed: u64,
 }
 
 impl Bench {
+    pub fn new(args: &Args, progress: ProgressBar) -> Self {
+        let (check, corrupt) = (args.measuring.check == 1, args.corrupt);
+        Bench { options: args.options.clone(), check, corrupt, progress, seed: 0 }
+    }
+
     /// Steps of the progress bar.
     pub fn steps(sections: &[Section]) -> u64 {
         let groups = sections.iter().flat_map(|section| &section.groups);
@@ -107,41 +109,33 @@ impl Bench {
         ranks: &mut dyn Ranks,
         group: &Group,
     ) -> Result<Vec<Record>, Failure> {
-        let rows = 0..group.rows.len();
         ranks.enter(group)?;
         // The bytes there may be of another dtype, and NaNs and subnormals are slow on some
         // machines. Where dtypes are mixed, a flat buffer has them in other places.
         self.fill(ranks, group, 0)?;
         let mixed = group.layout.dtype().is_none();
-        let mut times = vec![vec![]; rows.len()];
+        let mut records: Vec<Record> = group.rows.iter().map(|&row| record(group, row)).collect();
         for turn in 0..TURNS {
             let before = if turn == 0 { group.warmup } else { group.warmup / 4 };
             let share = (group.iterations + TURNS - 1 - turn) / TURNS;
-            for row in rows.clone() {
+            for (row, record) in records.iter_mut().enumerate() {
                 self.show(group, row, "");
                 if share > 0 {
                     if mixed {
                         self.fill(ranks, group, row)?;
                     }
                     let new = ranks.run(row, before + share)?;
-                    times[row].extend(new.into_iter().skip(before as usize));
+                    record.times.extend(new.into_iter().skip(before as usize));
                 }
             }
         }
-        let mut found = vec![];
-        for row in rows.clone() {
-            self.show(group, row, "checking ");
-            let check = self.check && ranks.has_result(row);
-            found.push(check.then(|| self.check(ranks, group, row)).transpose()?);
-        }
-        let mut records: Vec<Record> = times
-            .into_iter()
-            .zip(&found)
-            .zip(rows)
-            .map(|((times, found), row)| record(group, row, times, *found))
-            .collect();
         for (row, record) in records.iter_mut().enumerate() {
-            ranks.complete(row, found[row], record);
+            self.show(group, row, "checking ");
+            let check = self.check && !record.row.is_copy();
+            let found = if check { self.check(ranks, group, row)? } else { None };
+            record.times.sort();
+            record.wrong = found.map(|found| found.wrong);
+            ranks.complete(row, found, record);
         }
         ranks.leave();
         let yardstick = records.iter().find(|record| record.row.is_yardstick());
@@ -169,14 +163,17 @@ impl Bench {
         Ok(check)
     }
 
+    /// `None`: the row can't be measured.
     fn check(
         &mut self,
         ranks: &mut dyn Ranks,
         group: &Group,
         row: usize,
-    ) -> Result<Found, Failure> {
+    ) -> Result<Option<Found>, Failure> {
         let check = self.fill(ranks, group, row)?;
-        ranks.run(row, 1)?;
+        if ranks.run(row, 1)?.is_empty() {
+            return Ok(None);
+        }
         ranks.download()?;
         let last = check.arenas.last().filter(|_| check.first + check.arenas.len() == group.ranks);
         if let (true, Some(last)) = (self.corrupt, last) {
@@ -185,7 +182,7 @@ impl Bench {
         }
         // SAFETY: no rank averages.
         let found = unsafe { check.found() };
-        ranks.agree(row, &check, found)
+        ranks.agree(row, &check, found).map(Some)
     }
 
     fn show(&self, group: &Group, row: usize, what: &str) {
@@ -195,21 +192,11 @@ impl Bench {
     }
 }
 
-fn record(group: &Group, row: usize, mut times: Vec<Duration>, found: Option<Found>) -> Record {
-    times.sort();
-    Record {
-        row: group.rows[row],
-        layout: group.layout.name.clone(),
-        tensors: group.layout.tensors.len(),
-        dtype: group.layout.dtype_name(),
-        ranks: group.ranks,
-        elements: group.layout.elements(),
-        bytes: group.layout.bytes(),
-        times,
-        wrong: found.map(|found| found.wrong),
-        yardstick: None,
-        details: Details::Cpu,
-    }
+/// The record of a row that has not been measured yet.
+fn record(group: &Group, row: Row) -> Record {
+    let (layout, ranks) = (group.layout.clone(), group.ranks);
+    let (times, wrong, yardstick, details) = (vec![], None, None, Details::Cpu);
+    Record { row, layout, ranks, times, wrong, yardstick, details }
 }
 
 /// Refuses what does not fit in memory, before anything is allocated.

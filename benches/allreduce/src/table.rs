@@ -11,22 +11,80 @@ use indicatif::ProgressBar;
 use crate::cli::{Args, Backend};
 use crate::memory::{available, cores, cpus, gib};
 use crate::plan::Section;
-use crate::record::{Details, Record};
+use crate::record::{self, Details, Record, Sink};
+use crate::run::{self, Ranks};
+use crate::{failure::Failure, plot};
 
-/// Standard output.
-pub struct Table {
+/// Outputs: the table on standard output, files and pictures.
+pub struct Report {
     cuda: bool,
     processes: bool,
+    sinks: Vec<Sink>,
+    records: Vec<Record>,
     /// Notes of this section that have been printed.
     noted: BTreeSet<String>,
     /// Cleared while a line is printed.
     progress: ProgressBar,
 }
 
-impl Table {
-    pub fn new(args: &Args, progress: ProgressBar) -> Self {
-        let cuda = args.what.backend == Backend::Cuda;
-        Table { cuda, processes: args.what.processes, noted: BTreeSet::new(), progress }
+impl Report {
+    /// Refuses what does not fit and what can't be written, and prints the preamble.
+    pub fn open(
+        args: &Args,
+        sections: &[Section],
+        ranks: &dyn Ranks,
+        progress: ProgressBar,
+    ) -> Result<Self, Failure> {
+        run::fits(ranks, sections)?;
+        let (cuda, processes) = (args.what.backend == Backend::Cuda, args.what.processes);
+        let (mut sinks, measuring) = (vec![], &args.measuring);
+        for (path, format) in [
+            (&measuring.json, record::json as record::Format),
+            (&measuring.csv, record::csv),
+            (&measuring.plot, plot::svg),
+        ] {
+            sinks.extend(path.as_deref().map(|path| Sink::create(path, format)).transpose()?);
+        }
+        let (records, noted) = Default::default();
+        let report = Report { cuda, processes, sinks, records, noted, progress };
+        report.preamble(args, &ranks.preamble())?;
+        Ok(report)
+    }
+
+    /// The records of a group, under a heading if it is the first of a section.
+    pub fn group(
+        &mut self,
+        heading: Option<[String; 2]>,
+        records: Vec<Record>,
+    ) -> Result<(), Failure> {
+        if let Some(lines) = heading {
+            self.section(lines)?;
+        }
+        records.iter().try_for_each(|record| self.row(record))?;
+        // Version of NCCL, or the reason why rows were not measured; once in a section.
+        for record in &records {
+            let Details::Cuda { note: Some(note), .. } = &record.details else { continue };
+            if self.noted.insert(note.clone()) {
+                self.plain(&format!("# {note}"))?;
+            }
+        }
+        self.records.extend(records);
+        Ok(())
+    }
+
+    /// The last lines of nccl-tests, and the files. Returns the number of wrong elements.
+    pub fn close(self) -> Result<u64, Failure> {
+        self.progress.finish_and_clear();
+        // None if no row was checked.
+        let wrong = self.records.iter().filter_map(|record| record.wrong).reduce(|a, b| a + b);
+        self.plain("#")?;
+        match wrong {
+            None => self.plain("# Out of bounds values : not checked"),
+            Some(0) => self.line(Style::new().bold(), "# Out of bounds values : 0 OK"),
+            Some(wrong) => self.warning(&format!("# Out of bounds values : {wrong} FAILED")),
+        }?;
+        self.sinks.into_iter().try_for_each(|sink| sink.write(&self.records))?;
+        Ok(wrong.unwrap_or(0))
     }
 
     fn line(&self, style: Style, text: &str) -> io::Result<()> {
@@ -40,7 +98,7 @@ impl Table {
 
     /// Heading: methods and machine, before anything is measured. `more`: lines, and whether they
     /// are warnings.
-    pub fn preamble(&self, args: &Args, more: &[(String, bool)]) -> io::Result<()> {
+    fn preamble(&self, args: &Args, more: &[(String, bool)]) -> io::Result<()> {
         let set = param_averager::BuildInfo::get().instruction_set;
         let memory = available().map_or(String::new(), |(free, all)| {
             format!(", {:.1} of {:.1} GiB memory free", gib(free), gib(all))
@@ -75,11 +133,11 @@ impl Table {
         self.line(Style::new().red().bold(), text)
     }
 
-    /// A heading and the columns.
-    pub fn section(&mut self, section: &Section, ranks: &str) -> io::Result<()> {
+    /// A heading, its ranks, and the columns.
+    fn section(&mut self, [heading, ranks]: [String; 2]) -> io::Result<()> {
         self.noted.clear();
         self.plain("#")?;
-        self.line(Style::new().bold(), &format!("# {}", section.heading))?;
+        self.line(Style::new().bold(), &format!("# {heading}"))?;
         self.plain(&format!("# {ranks}"))?;
         let last = if self.processes { "xthr" } else { "xlimit" };
         let titles = [
@@ -92,8 +150,7 @@ impl Table {
         self.plain(&columns("#", units, self.cuda.then_some("")))
     }
 
-    /// One row, and the note of its record where that is new in the section.
-    pub fn row(&mut self, record: &Record) -> io::Result<()> {
+    fn row(&self, record: &Record) -> io::Result<()> {
         let style = match record.wrong {
             Some(1..) => Style::new().red().bold(),
             _ if record.row.is_baseline() => Style::new().dim(),
@@ -103,11 +160,11 @@ impl Table {
         let figure = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.2}"));
         let compared = record.ratio().filter(|_| !(self.processes && record.row.is_yardstick()));
         let cells = [
-            &record.bytes.to_string(),
-            &record.elements.to_string(),
-            &record.dtype,
+            &record.layout.bytes().to_string(),
+            &record.layout.elements().to_string(),
+            &record.layout.dtype_name(),
             record.row.redop(),
-            record.row.label(),
+            &record.row.label(),
             &time(record.time()),
             &time(record.times.first().copied()),
             &time(record.times.last().copied()),
@@ -121,29 +178,6 @@ impl Table {
             _ => None,
         };
         self.line(style, &columns("", cells, ulps.as_deref()))
-    }
-
-    /// Version of NCCL, or the reason why rows were not measured; once in a section.
-    pub fn notes(&mut self, records: &[Record]) -> io::Result<()> {
-        for record in records {
-            let Details::Cuda { note: Some(note), .. } = &record.details else { continue };
-            if self.noted.insert(note.clone()) {
-                self.plain(&format!("# {note}"))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The last lines of nccl-tests.
-    pub fn ending(&self, records: &[Record]) -> io::Result<()> {
-        let wrong: u64 = records.iter().filter_map(|record| record.wrong).sum();
-        let checked = records.iter().any(|record| record.wrong.is_some());
-        self.plain("#")?;
-        match (checked, wrong) {
-            (false, _) => self.plain("# Out of bounds values : not checked"),
-            (_, 0) => self.line(Style::new().bold(), "# Out of bounds values : 0 OK"),
-            _ => self.warning(&format!("# Out of bounds values : {wrong} FAILED")),
-        }
     }
 }
 

@@ -11,15 +11,15 @@ use crate::crew::{Crew, Make};
 use crate::failure::Failure;
 use crate::layout::Layout;
 use crate::limit::Pass;
-use crate::memory::{cores, place, Arena, Flat, Placed, Pool, Span};
+use crate::memory::{arenas, cores, place, Arena, Flat, Placed, Span};
 use crate::plan::Group;
 use crate::rows::{Kind, Row};
 use crate::run::{Ranks, Replicas};
 
-/// Constants of a run, and the rows of the present group.
+/// Options of a run, and the rows of the present group.
+#[derive(Default)]
 pub struct Threads {
     options: Options,
-    pub pool: Pool,
     rows: Vec<(Row, Crew)>,
     arenas: Vec<Arc<Arena>>,
     tensors: Arc<[Placed]>,
@@ -28,16 +28,14 @@ pub struct Threads {
 
 impl Threads {
     pub fn new(options: &Options) -> Self {
-        let (pool, rows, arenas) = Default::default();
-        let (tensors, flat) = Default::default();
-        Threads { options: options.clone(), pool, rows, arenas, tensors, flat }
+        Threads { options: options.clone(), ..Default::default() }
     }
 
     /// The threads of a row, ready to run.
     fn crew(&self, row: Row, flat: &Flat, spare: &[Arc<Arena>]) -> Result<Crew, Failure> {
-        if matches!(row.kind, Kind::OnePass | Kind::TwoPass) {
+        if row.is_flat() {
             let between = (row.kind == Kind::TwoPass).then(|| spare[0].clone());
-            return Crew::new(self.passes(between), None);
+            return Crew::new(self.passes(between), Duration::MAX);
         }
         let world = Communicator::from_devices(&vec![Device::cpu(); self.arenas.len()])?;
         let member = |(rank, communicator): (usize, Communicator)| -> Make {
@@ -63,7 +61,7 @@ impl Threads {
                 _ => unreachable!("{} is a row of --backend cuda", row.label()),
             }
         };
-        Crew::new(world.into_iter().enumerate().map(member).collect(), None)
+        Crew::new(world.into_iter().enumerate().map(member).collect(), Duration::MAX)
     }
 
     fn passes(&self, between: Option<Arc<Arena>>) -> Vec<Make> {
@@ -95,8 +93,8 @@ impl Ranks for Threads {
 
     fn enter(&mut self, group: &Group) -> Result<(), Failure> {
         let (tensors, bytes) = place(&group.layout);
-        let spare = group.rows.iter().map(|row| row.spare_arenas(group.ranks)).max().unwrap_or(0);
-        self.arenas = self.pool.get(group.ranks + spare, bytes);
+        let spare = group.rows.iter().map(|row| row.spare_blocks(group.ranks)).max().unwrap_or(0);
+        self.arenas = arenas(group.ranks + spare, bytes);
         let spare = self.arenas.split_off(group.ranks);
         let flat = Flat::new(&tensors, 1); // as a program's own flat buffer, without gaps
         (self.tensors, self.flat) = (tensors, flat.buffers.clone());
@@ -108,6 +106,7 @@ impl Ranks for Threads {
 
     fn leave(&mut self) {
         self.rows.clear();
+        self.arenas.clear();
     }
 
     fn replicas(&self, row: usize) -> Replicas {

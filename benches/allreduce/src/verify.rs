@@ -15,18 +15,17 @@
 //! * bf16, f16 of a collective that scales each input in the dtype, too: n + 1 ulp of the largest
 //!   input.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use multiversion::multiversion;
 
-use crate::memory::{on_all_cores, Arena, Placed};
-use crate::number::{with_number, Float, Number};
+use crate::memory::{cores, Arena, Placed};
+use crate::number::{with_number, Number, CHUNK};
 
 /// Elements that one core checks at a time, in one go.
 const PIECE: usize = 1 << 16;
-/// Elements that are in the first-level cache at a time.
-const CHUNK: usize = 256;
 
 /// The data of one average, and what its result must be.
 pub struct Check {
@@ -80,26 +79,27 @@ struct Piece {
 }
 
 impl Check {
-    fn pieces(&self) -> Vec<Piece> {
+    /// Calls `f` for every piece, on all cores, and adds up the results.
+    fn sum(&self, f: impl Fn(Piece) -> u64 + Sync) -> u64 {
         let pieces = self.tensors.iter().enumerate().flat_map(|(tensor, placed)| {
             let piece =
                 move |begin| Piece { tensor, begin, elements: PIECE.min(placed.elements - begin) };
             (0..placed.elements).step_by(PIECE).map(piece)
         });
-        pieces.collect()
+        let (pieces, next) = (pieces.collect::<Vec<_>>(), AtomicUsize::new(0));
+        let take = || pieces.get(next.fetch_add(1, Ordering::Relaxed)).copied();
+        let work = || std::iter::from_fn(take).map(&f).sum::<u64>();
+        std::thread::scope(|scope| {
+            let more = (1..cores().min(pieces.len())).map(|_| scope.spawn(work));
+            let more: Vec<_> = more.collect();
+            work() + more.into_iter().map(|each| each.join().expect("adds numbers")).sum::<u64>()
+        })
     }
 
-    fn start<T>(&self, arena: usize, piece: Piece) -> *mut T {
-        let bytes = self.tensors[piece.tensor].offset + piece.begin * size_of::<T>();
-        // SAFETY: placed inside of the arena.
-        unsafe { self.arenas[arena].as_mut_ptr().add(bytes).cast() }
-    }
-
-    /// # Safety
-    /// No thread writes there for as long as the slice is used.
-    unsafe fn slice<T>(&self, arena: usize, piece: Piece) -> &[T] {
-        // SAFETY: placed inside of the arena, which is initialised; the rest is the caller's.
-        unsafe { std::slice::from_raw_parts(self.start(arena, piece), piece.elements) }
+    fn elements<T>(&self, arena: usize, piece: Piece) -> *mut [T] {
+        let start = self.tensors[piece.tensor].offset + piece.begin * size_of::<T>();
+        let start = self.arenas[arena].as_mut_ptr().wrapping_add(start);
+        std::ptr::slice_from_raw_parts_mut(start.cast(), piece.elements)
     }
 
     fn key(&self, rank: usize, piece: Piece) -> u32 {
@@ -117,15 +117,14 @@ impl Check {
     /// # Safety
     /// No other thread uses the arenas meanwhile.
     pub unsafe fn fill(&self) {
-        let (pieces, arenas) = (self.pieces(), self.arenas.len());
-        on_all_cores(pieces.len() * arenas, |job| {
-            let (arena, piece) = (job % arenas, pieces[job / arenas]);
-            with_number!(self.tensors[piece.tensor].dtype, T => {
-                let start = self.start::<T>(arena, piece);
-                // SAFETY: placed inside of the arena, and each job has elements of its own.
-                let values = unsafe { std::slice::from_raw_parts_mut(start, piece.elements) };
-                fill(values, self.key(self.first + arena, piece))
-            });
+        self.sum(|piece| {
+            for arena in 0..self.arenas.len() {
+                with_number!(self.tensors[piece.tensor].dtype, T => {
+                    // SAFETY: placed inside of the arena, and no two pieces share elements.
+                    let values = unsafe { &mut *self.elements::<T>(arena, piece) };
+                    fill(values, self.key(self.first + arena, piece))
+                });
+            }
             0
         });
     }
@@ -136,17 +135,16 @@ impl Check {
     /// # Safety
     /// No other thread writes to the arenas meanwhile.
     pub unsafe fn digest(&self) -> u64 {
-        let pieces = self.pieces();
         // 32 bits of each piece, so that the sum has room.
-        on_all_cores(pieces.len(), |job| {
-            with_number!(self.tensors[pieces[job].tensor].dtype, T => {
-                // SAFETY: the caller's.
-                let elements = unsafe { self.slice::<T>(0, pieces[job]) };
-                let mix = |sum: u64, x: &T| {
-                    (sum ^ x.bits()).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
-                };
-                elements.iter().fold(job as u64, mix) >> 32
-            })
+        self.sum(|piece| {
+            let mut hasher = DefaultHasher::new();
+            (piece.tensor, piece.begin).hash(&mut hasher);
+            let size = self.tensors[piece.tensor].dtype.size();
+            let bytes =
+                Piece { begin: size * piece.begin, elements: size * piece.elements, ..piece };
+            // SAFETY: placed inside of the arena, which is initialised; the rest is the caller's.
+            hasher.write(unsafe { &*self.elements::<u8>(0, bytes) });
+            hasher.finish() >> 32
         })
     }
 
@@ -158,18 +156,15 @@ impl Check {
         if self.arenas.is_empty() {
             return Found::default();
         }
-        let pieces = self.pieces();
         let ulps = AtomicU64::new(0f64.to_bits());
-        let wrong = on_all_cores(pieces.len(), |job| {
-            let piece = pieces[job];
+        let wrong = self.sum(|piece| {
             with_number!(self.tensors[piece.tensor].dtype, T => {
-                // SAFETY: the caller's.
-                let result = |arena| unsafe { self.slice::<T>(arena, piece) };
+                // SAFETY: as above.
+                let result = |arena| unsafe { &*self.elements::<T>(arena, piece) };
                 let results: Vec<&[T]> = (0..self.arenas.len()).map(result).collect();
                 let keys = (0..self.weights.len()).map(|rank| self.key(rank, piece));
                 let keys: Vec<u32> = keys.collect();
-                let tolerance = Tolerance::new::<T>(&self.weights, self.roundings);
-                let found = compare(&results, &keys, &self.weights, tolerance);
+                let found = compare(&results, &keys, &self.weights, self.roundings);
                 // The bits of numbers that are not negative are ordered as the numbers are.
                 ulps.fetch_max(found.ulps.to_bits(), Ordering::Relaxed);
                 found.wrong
@@ -181,7 +176,7 @@ impl Check {
 
 /// CHUNK values from `index` on, in the dtype.
 #[inline(always)]
-fn values<T: Number>(key: u32, index: usize, wide: &mut [T::Sum; CHUNK], raw: &mut [T; CHUNK]) {
+fn values<T: Number>(key: u32, index: usize, wide: &mut [f64; CHUNK], raw: &mut [T; CHUNK]) {
     for (k, wide) in wide.iter_mut().enumerate() {
         // lowbias32 of a Weyl sequence; four 16-bit numbers of it and of its product make a bell.
         let mut x = key.wrapping_add((index + k) as u32).wrapping_mul(0x9e37_79b9);
@@ -190,14 +185,14 @@ fn values<T: Number>(key: u32, index: usize, wide: &mut [T::Sum; CHUNK], raw: &m
         x ^= x >> 16;
         let y = (x ^ x >> 13).wrapping_mul(0x85eb_ca6b);
         let sum = (x & 0xffff) + (x >> 16) + (y & 0xffff) + (y >> 16);
-        *wide = T::Sum::of(f64::from(sum as i32 - 131_070) * (4.0 / 131_070.0));
+        *wide = f64::from(sum as i32 - 131_070) * (4.0 / 131_070.0);
     }
     T::narrow(wide, raw);
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2", "x86_64+avx2+fma"))]
 fn fill<T: Number>(elements: &mut [T], key: u32) {
-    let (mut wide, mut raw) = ([T::Sum::default(); CHUNK], [T::default(); CHUNK]);
+    let (mut wide, mut raw) = ([0.0; CHUNK], [T::default(); CHUNK]);
     for (chunk, elements) in elements.chunks_mut(CHUNK).enumerate() {
         values(key, chunk * CHUNK, &mut wide, &mut raw);
         elements.copy_from_slice(&raw[..elements.len()]);
@@ -209,19 +204,19 @@ fn compare<T: Number>(
     results: &[&[T]],
     keys: &[u32],
     weights: &[f64],
-    tolerance: Tolerance,
+    roundings: Roundings,
 ) -> Found {
-    let total: f64 = weights.iter().sum();
+    let (n, total) = (weights.len() as f64, weights.iter().sum::<f64>());
     let mut found = Found::default();
-    let (mut wide, mut raw) = ([T::Sum::default(); CHUNK], [T::default(); CHUNK]);
+    let (mut wide, mut raw) = ([0.0; CHUNK], [T::default(); CHUNK]);
     for at in (0..results[0].len()).step_by(CHUNK) {
         let (mut sum, mut lost, mut most) = ([0.0f64; CHUNK], [0.0f64; CHUNK], [0.0f64; CHUNK]);
         for (&key, &weight) in keys.iter().zip(weights) {
             values(key, at, &mut wide, &mut raw);
             T::widen(&raw, &mut wide);
             for k in 0..CHUNK {
-                let x: f64 = wide[k].into();
-                let (term, before) = (x * weight, sum[k]);
+                let (x, before) = (wide[k], sum[k]);
+                let term = x * weight;
                 sum[k] += term;
                 if T::MANTISSA == f64::MANTISSA {
                     // The exact loss of the sum: the reference must be better than the result.
@@ -238,10 +233,10 @@ fn compare<T: Number>(
         let (mut off, mut ulps) = ([0u64; CHUNK], [0.0f64; CHUNK]);
         for k in 0..CHUNK {
             let mean = (sum[k] + lost[k]) / total;
-            let error = (wide[k].into() - mean).abs();
+            let error = (wide[k] - mean).abs();
             // A NaN is not within anything.
-            off[k] = 1 - u64::from(error <= tolerance.of::<T>(mean, most[k]));
-            ulps[k] = error / ulp(most[k], T::MANTISSA, power(T::SMALLEST));
+            off[k] = 1 - u64::from(error <= roundings.bound::<T>(n, mean, most[k]));
+            ulps[k] = error / ulp::<T>(most[k]);
         }
         found.wrong += off[..count].iter().sum::<u64>();
         for &ulps in &ulps[..count] {
@@ -256,47 +251,29 @@ fn compare<T: Number>(
     found
 }
 
-/// How far from the mean a result may be.
-#[derive(Clone, Copy, Debug)]
-struct Tolerance {
-    /// Ulps of the largest input, in the type of sums.
-    ulps: f64,
-    /// How often a partial mean, which is no larger than the largest input, is rounded to the
-    /// dtype on its way.
-    hops: f64,
-    /// Ulps of the largest input in the dtype itself, instead of all that.
-    scaled: Option<f64>,
-    /// Error of two subtractions of values within ±4, or 0.
-    step: f64,
-}
-
-impl Tolerance {
-    fn new<T: Number>(weights: &[f64], roundings: Roundings) -> Self {
-        let (n, half, wire) = (weights.len() as f64, size_of::<T>() == 2, roundings.wire);
-        let hops = if half && wire == Wire::Narrow { (n - 2.0).max(0.0) } else { 0.0 };
-        // Each input loses half an ulp to the rounded 1/n and half to its product, each hop half an
-        // ulp of the sum.
-        let scaled = (half && wire == Wire::NarrowAndScaled).then_some(n + 1.0);
-        // Half an ulp of θ − mean, within ±8, and half an ulp of the result.
-        let mantissa = if half { f32::MANTISSA } else { T::MANTISSA };
-        let step = if roundings.stepped { power(2 - mantissa) } else { 0.0 };
-        Tolerance { ulps: n + f64::from(roundings.more), hops, scaled, step }
-    }
-
-    /// Bound of the error of a result that should be `mean`; `most`: the largest input's |x|.
+impl Roundings {
+    /// Bound of the error of a result of n ranks that should be `mean`; `most`: the largest input's
+    /// |x|.
     #[inline(always)]
-    fn of<T: Number>(&self, mean: f64, most: f64) -> f64 {
-        let ulp_of = |x| ulp(x, T::MANTISSA, power(T::SMALLEST));
-        if let Some(ulps) = self.scaled {
-            return ulps * ulp_of(most);
-        }
+    fn bound<T: Number>(&self, n: f64, mean: f64, most: f64) -> f64 {
+        let ulps = n + f64::from(self.more);
+        // Half an ulp of θ − mean, within ±8, and half an ulp of the result.
+        let step = |mantissa| if self.stepped { power(2 - mantissa) } else { 0.0 };
         if size_of::<T>() > 2 {
-            return self.ulps * ulp_of(most) + self.step;
+            return ulps * ulp::<T>(most) + step(T::MANTISSA);
         }
+        let hops = match self.wire {
+            Wire::Wide => 0.0,
+            // How often a partial mean, which is no larger than the largest input, is rounded.
+            Wire::Narrow => (n - 2.0).max(0.0),
+            // Each input loses half an ulp to the rounded 1/n and half to its product, each hop
+            // half an ulp of the sum.
+            Wire::NarrowAndScaled => return (n + 1.0) * ulp::<T>(most),
+        };
         // A partial mean is made of a partial sum in f32, and back, with five roundings.
-        let summed = (self.ulps + 5.0 * self.hops) * ulp(most, f32::MANTISSA, power(f32::SMALLEST));
-        let before = summed + self.step + self.hops * 0.5 * ulp_of(most);
-        before + 0.5 * ulp_of(mean.abs() + before)
+        let summed = (ulps + 5.0 * hops) * ulp::<f32>(most) + step(f32::MANTISSA);
+        let before = summed + hops * 0.5 * ulp::<T>(most);
+        before + 0.5 * ulp::<T>(mean.abs() + before)
     }
 }
 
@@ -310,10 +287,11 @@ fn power(exponent: i32) -> f64 {
     }
 }
 
-/// Distance of neighbours at x ≥ 0 for so many bits of mantissa.
+/// Distance of neighbours at x ≥ 0.
 #[inline(always)]
-fn ulp(x: f64, mantissa: i32, smallest: f64) -> f64 {
-    (f64::from_bits(x.to_bits() & 0x7ff0_0000_0000_0000) * power(-mantissa)).max(smallest)
+fn ulp<T: Number>(x: f64) -> f64 {
+    let exponent = f64::from_bits(x.to_bits() & 0x7ff0_0000_0000_0000);
+    (exponent * power(-T::MANTISSA)).max(power(T::SMALLEST))
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ pub fn check(dtype: Dtype, ranks: usize) -> Check {
 fn of<T: Number>(check: &Check, rank: usize, tensor: usize) -> &mut [T] {
     let piece = Piece { tensor, begin: 0, elements: check.tensors[tensor].elements };
     // SAFETY: the tests use one at a time.
-    unsafe { std::slice::from_raw_parts_mut(check.start::<T>(rank, piece), piece.elements) }
+    unsafe { &mut *check.elements::<T>(rank, piece) }
 }
 
 /// The mean in f64, rounded once.
@@ -45,9 +45,7 @@ fn average<T: Number>(check: &Check, round: impl Fn(f64) -> T, back: impl Fn(T) 
 /// A step of an outer optimizer rounds twice more, and no more than that is let through.
 #[test]
 fn a_step_has_room_for_two_roundings() {
-    let bound = |stepped| {
-        Tolerance::new::<f32>(&[1.0; 2], Roundings { stepped, ..PLAIN }).of::<f32>(1.0, 2.0)
-    };
+    let bound = |stepped| Roundings { stepped, ..PLAIN }.bound::<f32>(2.0, 1.0, 2.0);
     assert_eq!(bound(true) - bound(false), 2f64.powi(-21), "an ulp of 4");
     let mut check = check(Dtype::F32, 2);
     average(&check, |x| x as f32 + 1.5 * f32::EPSILON, f64::from);
@@ -123,7 +121,7 @@ fn the_largest_error_is_in_ulps_of_the_largest_input() {
     let found = || unsafe { check.found() };
     let ulps = found().ulps;
     assert!(ulps > 0.4 && ulps <= 0.5, "{ulps}: rounded once");
-    let off = of::<bf16>(&check, 0, 1)[at].to_f64() + 20.0 * ulp(largest, bf16::MANTISSA, 0.0);
+    let off = of::<bf16>(&check, 0, 1)[at].to_f64() + 20.0 * ulp::<bf16>(largest);
     (0..3).for_each(|rank| of::<bf16>(&check, rank, 1)[at] = bf16::from_f64(off));
     assert!((18.0..22.0).contains(&found().ulps), "{}", found().ulps);
     of::<bf16>(&check, 0, 0)[0] = bf16::NAN;
@@ -133,7 +131,7 @@ fn the_largest_error_is_in_ulps_of_the_largest_input() {
 #[test]
 fn the_wire_widens_the_tolerance_of_halves_only() {
     let on = |wire| Roundings { wire, ..PLAIN };
-    let at = |wire| Tolerance::new::<bf16>(&[1.0; 4], on(wire)).of::<bf16>(1.0, 2.0);
+    let at = |wire| on(wire).bound::<bf16>(4.0, 1.0, 2.0);
     let half_ulp = power(-8);
     assert!((half_ulp..1.01 * half_ulp).contains(&at(Wire::Wide)));
     // Two half ulps of a partial mean of up to 2, and one of the mean, 1.
@@ -142,7 +140,7 @@ fn the_wire_widens_the_tolerance_of_halves_only() {
     // Five ulp of the largest input, which is 2.
     assert_eq!(at(Wire::NarrowAndScaled), 5.0 * 4.0 * half_ulp);
     for wire in [Wire::Wide, Wire::Narrow, Wire::NarrowAndScaled] {
-        let f32s = Tolerance::new::<f32>(&[1.0; 4], on(wire)).of::<f32>(1.0, 2.0);
+        let f32s = on(wire).bound::<f32>(4.0, 1.0, 2.0);
         assert_eq!(f32s, 4.0 * f64::from(f32::EPSILON) * 2.0);
     }
 }

@@ -217,7 +217,7 @@ fn where_nccl_fails_its_rows_say_so_and_the_rest_runs() {
     let (driver, fake) = (driver(), fake_nccl());
     for (name, value, says) in [
         ("FAKE_NCCL", "crash", "NCCL ended the process that tried it"),
-        ("FAKE_NCCL", "hang", "ncclCommInitRank did not come back within 15s"),
+        ("FAKE_NCCL", "hang", "a rank did not come back within 15s"),
         ("FAKE_NCCL", "late", "ncclGroupEnd: a fault that was asked for"),
         (
             "FAKE_NCCL_VERSION",

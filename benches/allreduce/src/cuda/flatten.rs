@@ -4,19 +4,14 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, CudaModule, CudaStream, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
-use param_averager::Dtype;
 
 use super::gpu::{Clock, DeviceMemory, Gpu};
 use crate::averager::Direction;
 use crate::failure::Failure;
 use crate::memory::Flat;
 
+// IMAGE: the kernels as build.rs made them, or why there are none.
 include!(concat!(env!("OUT_DIR"), "/flatten.rs"));
-
-/// The kernels as build.rs made them, or why there are none.
-pub fn image() -> Result<&'static [u8], &'static str> {
-    FLATTEN
-}
 
 /// Threads of a block, and packs of 16 bytes that each has in flight: those of `flatten.cu`.
 const THREADS: u32 = 512;
@@ -52,17 +47,13 @@ impl Kernels {
         let rows: Vec<Row> = pieces.iter().map(|p| row(p.tensor, p.flat, p.bytes)).collect();
         let table = DeviceMemory::new(gpu, size_of_val(&rows[..]))?;
         table.upload(bytemuck::cast_slice(&rows))?;
-        let image = Ptx::from_binary(image().map_err(|reason| gpu.failed(reason))?.to_vec());
+        let image = Ptx::from_binary(IMAGE.map_err(|reason| gpu.failed(reason))?.to_vec());
         let module = gpu.check("cuModuleLoadData of flatten.cu", gpu.context.load_module(image))?;
-        let mut dtypes = vec![];
-        for dtype in Dtype::ALL {
-            let count = pieces.iter().filter(|piece| piece.dtype == dtype).count();
-            let Some(first) = pieces.iter().position(|piece| piece.dtype == dtype) else {
-                continue;
-            };
-            let first = table.address + (first * size_of::<Row>()) as u64;
-            let kernel = function(gpu, &module, &format!("scale_{dtype}"))?;
-            dtypes.push((kernel, first, count as u32));
+        let (mut dtypes, mut first) = (vec![], table.address);
+        for rows in pieces.chunk_by(|a, b| a.dtype == b.dtype) {
+            let kernel = function(gpu, &module, &format!("scale_{}", rows[0].dtype))?;
+            dtypes.push((kernel, first, rows.len() as u32));
+            first += (rows.len() * size_of::<Row>()) as u64;
         }
         let copy = function(gpu, &module, "move_bytes")?;
         let blocks = gpu.processors()? * BLOCKS_PER_PROCESSOR;

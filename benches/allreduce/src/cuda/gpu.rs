@@ -193,11 +193,6 @@ impl Clock {
         };
         Ok(Clock { gpu: gpu.clone(), stream, start: event()?, stop: event()? })
     }
-
-    /// True if the stream has reached the end event.
-    pub fn is_done(&self) -> Result<bool, Failure> {
-        self.gpu.check("cuEventQuery", self.stop.try_is_complete())
-    }
 }
 
 impl averager::Clock for Clock {

@@ -17,18 +17,18 @@ use std::time::Duration;
 
 use param_averager::{Algorithm, Communicator, Device};
 
-use crate::cli::{Args, Options};
+use crate::cli::Args;
 use crate::crew::{Crew, Make};
 use crate::failure::Failure;
 use crate::layout::Layout;
-use crate::memory::{place, Arena, Flat, Pool};
+use crate::memory::{arenas, place, Arena, Flat};
 use crate::plan::{Group, Section};
 use crate::record::{Details, Record};
 use crate::rows::{Kind, Row};
 use crate::run::{Ranks, Replicas};
 use crate::verify::Found;
 use gpu::{DeviceMemory, Gpu, Machine};
-use nccl::Nccl;
+use nccl::{Loaded, Nccl};
 use rank::Rank;
 
 /// Tensors start at multiples of this in the flat buffer, too, so that every copy moves packs of 16
@@ -38,12 +38,7 @@ const ALIGNMENT: usize = 16;
 /// Constants of a run, and the present group.
 pub struct Cuda {
     machine: Machine,
-    options: Options,
-    pool: Pool,
-    /// How long NCCL may take for one thing.
-    limit: Duration,
-    /// Try NCCL in a process of its own first.
-    probe: bool,
+    args: Args,
     /// NCCL, or why it can't be used, by the number of ranks.
     nccl: BTreeMap<usize, Result<Arc<Nccl>, String>>,
     /// Host memory of the replicas.
@@ -60,14 +55,6 @@ struct Entry {
     note: Option<String>,
     /// Algorithm that `Algorithm::Auto` chose.
     ran: Arc<OnceLock<Algorithm>>,
-}
-
-impl Entry {
-    fn give_up(&mut self, reason: &str) {
-        self.crew = None;
-        let what = if self.row.is_nccl() { "NCCL" } else { self.row.label() };
-        self.note = Some(format!("{what} not measured: {reason}"));
-    }
 }
 
 /// The ordinal of each rank's device: one each where there are enough, else they take turns.
@@ -92,83 +79,68 @@ impl Cuda {
         if groups.any(|group| sharing(group) && group.rows.iter().any(|row| row.is_nccl())) {
             nccl::allow_sharing();
         }
-        Ok(Cuda {
-            machine,
-            options: args.options.clone(),
-            pool: Pool::default(),
-            limit: args.options.timeout.unwrap_or(Duration::from_secs(60)),
-            probe: args.nccl_probe.is_none(),
-            nccl: BTreeMap::new(),
-            arenas: vec![],
-            rows: vec![],
-            ranks: vec![],
-        })
+        let (args, nccl) = (args.clone(), BTreeMap::new());
+        Ok(Cuda { machine, args, nccl, arenas: vec![], rows: vec![], ranks: vec![] })
+    }
+
+    /// Longest time that NCCL may take for one thing.
+    fn limit(&self) -> Duration {
+        self.args.options.timeout.unwrap_or(Duration::from_secs(60))
     }
 
     /// NCCL for so many ranks, or why it can't be used.
-    fn load_nccl(&mut self, ranks: usize) -> Result<Arc<Nccl>, String> {
-        let (visible, probe, limit) = (self.machine.visible(), self.probe, self.limit);
+    fn load_nccl(&mut self, ranks: usize) -> Result<Loaded, String> {
+        let (visible, limit) = (self.machine.visible(), self.limit());
         let load = || {
-            if probe {
+            if self.args.nccl_probe.is_none() {
                 probe::ask(ranks, limit)?;
             }
             let loaded = Nccl::load(placement(ranks, visible), ranks > visible);
             loaded.map(Arc::new).map_err(|why| format!("{}: {why}", placement(ranks, visible)))
         };
-        self.nccl.entry(ranks).or_insert_with(load).clone()
+        let nccl = self.nccl.entry(ranks).or_insert_with(load).clone()?;
+        Ok((nccl.clone(), nccl.unique_id()?))
     }
 
-    /// Starts a row's threads, or notes why it has none.
-    fn enter_row(&mut self, row: Row) -> Result<Entry, Failure> {
+    /// Starts a row's threads. With a note about them, if there is one.
+    fn crew(
+        &mut self,
+        row: Row,
+        ran: &Arc<OnceLock<Algorithm>>,
+    ) -> Result<(Crew, Option<String>), Failure> {
         let ranks = self.ranks.len();
-        let mut entry = Entry { row, crew: None, note: None, ran: Default::default() };
         let direct = matches!(row.kind, Kind::Average { algorithm: Algorithm::Direct, .. });
         if direct && ranks > 1 && self.machine.visible() > 1 {
-            entry.give_up("it is for ranks on one device");
-            return Ok(entry);
+            return Err(Failure::Unmeasured("it is for ranks on one device".into()));
         }
-        if let (true, Err(reason)) = (row.needs_kernels(), flatten::image()) {
-            entry.give_up(reason);
-            return Ok(entry);
+        if row.needs_kernels() {
+            flatten::IMAGE.map_err(|reason| Failure::Unmeasured(reason.into()))?;
         }
-        let mut nccl = None;
-        if row.is_nccl() {
-            let id = self.load_nccl(ranks).and_then(|nccl| Ok((nccl.unique_id()?, nccl)));
-            match id {
-                Ok((id, loaded)) => {
-                    entry.note = Some(loaded.what.clone());
-                    nccl = Some(nccl::Row { nccl: loaded, id, failed: Default::default() });
-                }
-                Err(reason) => {
-                    entry.give_up(&reason);
-                    return Ok(entry);
-                }
-            }
-        }
+        let nccl = row.is_nccl().then(|| self.load_nccl(ranks).map_err(Failure::Unmeasured));
+        let nccl = nccl.transpose()?;
         let on: Vec<_> = self.ranks.iter().map(|rank| Device::cuda(rank.gpu.ordinal)).collect();
-        let mut members = vec![];
-        for communicator in Communicator::from_devices(&on)? {
+        let member = |communicator: Communicator| -> Make {
             let rank = self.ranks[communicator.rank()].clone();
-            let (ran, nccl) = (entry.ran.clone(), nccl.clone());
-            let make: Make = Box::new(move || rank.work(row, communicator, &ran, nccl));
-            members.push(make);
-        }
-        match Crew::new(members, nccl.is_some().then_some(self.limit)) {
-            Ok(crew) => entry.crew = Some(crew),
-            Err(Failure::Late) => {
-                let reason = format!("ncclCommInitRank did not come back within {:?}", self.limit);
-                self.give_up_nccl(&mut entry, &reason);
-            }
-            Err(failure) if nccl.is_some() => self.give_up_nccl(&mut entry, &failure.to_string()),
-            Err(failure) => return Err(failure),
-        }
-        Ok(entry)
+            let (ran, nccl) = (ran.clone(), nccl.clone());
+            Box::new(move || rank.work(row, communicator, &ran, nccl))
+        };
+        let members = Communicator::from_devices(&on)?.into_iter().map(member).collect();
+        let limit = if nccl.is_some() { self.limit() } else { Duration::MAX };
+        Ok((Crew::new(members, limit)?, nccl.map(|(nccl, _)| nccl.what.clone())))
     }
 
-    /// A failure of one row is one of all rows.
-    fn give_up_nccl(&mut self, entry: &mut Entry, reason: &str) {
-        self.nccl.insert(self.ranks.len(), Err(reason.into()));
-        entry.give_up(reason);
+    /// The note of a row that can't be measured. A failure of one row of NCCL's is one of all; the
+    /// run ends only if a call never comes back, or for other rows.
+    fn excuse(&mut self, row: Row, failure: Failure) -> Result<String, Failure> {
+        match failure {
+            Failure::Late(_) => Err(failure),
+            reason if row.is_nccl() => {
+                self.nccl.insert(self.ranks.len(), Err(reason.to_string()));
+                Ok(format!("NCCL not measured: {reason}"))
+            }
+            Failure::Unmeasured(reason) => Ok(format!("{} not measured: {reason}", row.label())),
+            other => Err(other),
+        }
     }
 }
 
@@ -196,9 +168,9 @@ impl Ranks for Cuda {
     fn enter(&mut self, group: &Group) -> Result<(), Failure> {
         let (tensors, bytes) = place(&group.layout);
         let flat = Flat::new(&tensors, ALIGNMENT);
-        let second = group.rows.iter().any(|row| row.needs_second());
+        let second = group.rows.iter().any(|row| row.spare_blocks(1) > 0);
         let second = second.then(|| flat.bytes.max(group.layout.bytes() as usize));
-        let kernels = flatten::image().is_ok() && group.rows.iter().any(|row| row.needs_kernels());
+        let kernels = flatten::IMAGE.is_ok() && group.rows.iter().any(|row| row.needs_kernels());
         for (rank, ordinal) in devices(group.ranks, self.machine.visible()).into_iter().enumerate()
         {
             let gpu = Gpu::open(&self.machine, rank, ordinal)?;
@@ -215,15 +187,18 @@ impl Ranks for Cuda {
                 own,
                 second: second.map(Arc::new),
                 kernels: kernels.map(Arc::new),
-                options: self.options.clone(),
-                limit: self.limit,
+                options: self.args.options.clone(),
                 ranks: group.ranks,
             });
         }
-        self.arenas = self.pool.get(group.ranks, bytes);
+        self.arenas = arenas(group.ranks, bytes);
         for &row in &group.rows {
-            let row = self.enter_row(row)?;
-            self.rows.push(row);
+            let ran = Arc::default();
+            let (crew, note) = match self.crew(row, &ran) {
+                Ok((crew, note)) => (Some(crew), note),
+                Err(failure) => (None, Some(self.excuse(row, failure)?)),
+            };
+            self.rows.push(Entry { row, crew, note, ran });
         }
         Ok(())
     }
@@ -231,10 +206,7 @@ impl Ranks for Cuda {
     fn leave(&mut self) {
         self.rows.clear();
         self.ranks.clear();
-    }
-
-    fn has_result(&self, row: usize) -> bool {
-        self.rows[row].crew.is_some() && !self.rows[row].row.is_copy()
+        self.arenas.clear();
     }
 
     fn replicas(&self, _row: usize) -> Replicas {
@@ -260,37 +232,23 @@ impl Ranks for Cuda {
         Ok(())
     }
 
-    /// A failure of NCCL is the note of its rows, and the end of the run only if a call never
-    /// comes back.
     fn run(&mut self, row: usize, iterations: u32) -> Result<Vec<Duration>, Failure> {
         let entry = &mut self.rows[row];
-        if let (true, Some(Err(reason))) = (entry.row.is_nccl(), self.nccl.get(&self.ranks.len())) {
-            entry.give_up(reason);
-        }
-        let Some(crew) = &mut entry.crew else { return Ok(vec![]) };
-        if entry.row.needs_second() {
+        let (of, Some(crew)) = (entry.row, &mut entry.crew) else { return Ok(vec![]) };
+        if of.spare_blocks(1) > 0 {
             // The bytes that copies left between the tensors of a flat buffer may be NaN.
             let mut second = self.ranks.iter().filter_map(|rank| rank.second.as_ref());
             second.try_for_each(|memory| memory.zero())?;
         }
-        match crew.run(iterations) {
-            Err(Failure::Late) => {
-                // The thread keeps its memory: to free it may be to wait for NCCL.
-                let note = entry.note.take();
-                Err(Failure::Failed(format!(
-                    "NCCL did not come back from a call, though it did when it was tried ({}): run \
-                     again without it, with --baseline=limit,per-tensor,flatten",
-                    note.as_deref().unwrap_or("NCCL")
-                )))
-            }
-            Err(failure) if entry.row.is_nccl() => {
-                let reason = failure.to_string();
-                entry.give_up(&reason);
-                self.nccl.insert(self.ranks.len(), Err(reason));
-                Ok(vec![])
-            }
-            result => result,
-        }
+        let ran = match self.nccl.get(&self.ranks.len()) {
+            Some(Err(reason)) if of.is_nccl() => Err(Failure::Unmeasured(reason.clone())),
+            _ => crew.run(iterations),
+        };
+        ran.or_else(|failure| {
+            let note = Some(self.excuse(of, failure)?);
+            (self.rows[row].crew, self.rows[row].note) = (None, note);
+            Ok(vec![])
+        })
     }
 
     fn complete(&mut self, row: usize, found: Option<Found>, record: &mut Record) {
@@ -298,16 +256,14 @@ impl Ranks for Cuda {
         if let (Kind::Average { commit, .. }, Some(&ran)) = (entry.row.kind, entry.ran.get()) {
             record.row = Row::average(ran, commit);
         }
-        let given_up = entry.crew.is_none();
-        if simulated || given_up {
+        if simulated || entry.crew.is_none() {
             record.times.clear();
         }
-        record.wrong = record.wrong.filter(|_| !given_up);
         record.details = Details::Cuda {
             device: self.machine.names.first().cloned().unwrap_or_default(),
             placement: placement(record.ranks, self.machine.visible()),
             simulated,
-            ulps: found.map(|found| found.ulps).filter(|_| !given_up),
+            ulps: found.map(|found| found.ulps),
             note: entry.note.clone(),
         };
     }

@@ -1,10 +1,9 @@
 //! NCCL, loaded at run time, as far as its rows need it, with the types of cudarc's bindings.
 //! (Those load a library without a version in its name only, and panic where there is none.)
 
+use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void, CStr};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use cudarc::driver::CudaStream;
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
@@ -34,28 +33,44 @@ pub fn allow_sharing() {
     }
 }
 
-/// Functions, with the types that nccl.h has had since 2.10. Results are numbers: a later version
-/// may have other ones.
+/// Declares functions of NCCL, and loads them.
+macro_rules! functions {
+    ($($name:ident: fn($($argument:ty),*) -> $result:ty;)*) => {
+        #[allow(non_snake_case)]
+        struct Functions {
+            $($name: unsafe extern "C" fn($($argument),*) -> $result,)*
+        }
+
+        impl Functions {
+            fn load(library: &'static Library) -> Result<Self, String> {
+                let missing = |name| format!("it has no {name}: install NCCL 2.10 or later");
+                Ok(Functions {
+                    // SAFETY: the types are nccl.h's.
+                    $($name: *unsafe { library.get(stringify!($name)) }
+                        .map_err(|_| missing(stringify!($name)))?,)*
+                })
+            }
+        }
+    };
+}
+// With the types that nccl.h has had since 2.10. Results are numbers: a later version may have
+// other ones.
+functions! {
+    ncclGetVersion: fn(*mut c_int) -> c_int;
+    ncclGetErrorString: fn(c_int) -> *const c_char;
+    ncclGetUniqueId: fn(*mut ncclUniqueId) -> c_int;
+    ncclCommInitRank: fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> c_int;
+    ncclCommDestroy: fn(ncclComm_t) -> c_int;
+    ncclCommAbort: fn(ncclComm_t) -> c_int;
+    ncclAllReduce: fn(Data, Data, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, Stream) -> c_int;
+    ncclGroupStart: fn() -> c_int;
+    ncclGroupEnd: fn() -> c_int;
+}
+type Data = *mut c_void;
+type Stream = *mut c_void;
+
 pub struct Nccl {
-    get_unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> c_int,
-    comm_init_rank: unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> c_int,
-    comm_destroy: unsafe extern "C" fn(ncclComm_t) -> c_int,
-    comm_abort: unsafe extern "C" fn(ncclComm_t) -> c_int,
-    all_reduce: unsafe extern "C" fn(
-        *const c_void,
-        *mut c_void,
-        usize,
-        ncclDataType_t,
-        ncclRedOp_t,
-        ncclComm_t,
-        *mut c_void,
-    ) -> c_int,
-    group_start: unsafe extern "C" fn() -> c_int,
-    group_end: unsafe extern "C" fn() -> c_int,
-    error_string: unsafe extern "C" fn(c_int) -> *const c_char,
-    /// Since 2.13.
-    last_error: Option<unsafe extern "C" fn(ncclComm_t) -> *const c_char>,
-    version: i32,
+    functions: Functions,
     /// Its version and how ranks are placed.
     pub what: String,
 }
@@ -74,37 +89,16 @@ impl Nccl {
             format!("{names} could not be loaded; install NCCL, or name its library in {LIBRARY}")
         })?;
         // It has threads of its own, which may outlive every communicator.
-        let library: &'static Library = Box::leak(Box::new(library));
-        macro_rules! function {
-            ($name:literal) => {
-                // SAFETY: the types are nccl.h's.
-                *unsafe { library.get(concat!($name, "\0").as_bytes()) }
-                    .map_err(|_| concat!("it has no ", $name, ": install NCCL 2.10 or later"))?
-            };
-        }
-        let get_version: unsafe extern "C" fn(*mut c_int) -> c_int = function!("ncclGetVersion");
-        let mut nccl = Nccl {
-            get_unique_id: function!("ncclGetUniqueId"),
-            comm_init_rank: function!("ncclCommInitRank"),
-            comm_destroy: function!("ncclCommDestroy"),
-            comm_abort: function!("ncclCommAbort"),
-            all_reduce: function!("ncclAllReduce"),
-            group_start: function!("ncclGroupStart"),
-            group_end: function!("ncclGroupEnd"),
-            error_string: function!("ncclGetErrorString"),
-            // SAFETY: as above.
-            last_error: unsafe { library.get(b"ncclGetLastError\0") }.ok().map(|f| *f),
-            version: 0,
-            what: String::new(),
-        };
+        let functions = Functions::load(Box::leak(Box::new(library)))?;
+        let (mut version, mut nccl) = (0, Nccl { functions, what: String::new() });
         // SAFETY: given a valid pointer.
-        let result = unsafe { get_version(&mut nccl.version) };
+        let result = unsafe { (nccl.functions.ncclGetVersion)(&mut version) };
         nccl.check("ncclGetVersion", result)?;
-        let (major, rest) = (nccl.version / 10_000, nccl.version % 10_000);
+        let (major, rest) = (version / 10_000, version % 10_000);
         let shown = format!("NCCL {major}.{}.{}", rest / 100, rest % 100); // such as 2.32.3
         let how = if sharing { format!(", in process, with {SHARING}=1") } else { String::new() };
         nccl.what = format!("{shown}, {placement}{how}");
-        match nccl.version {
+        match version {
             ..LEAST => Err(format!("{shown} has no ncclAvg: install 2.10 or later")),
             ..LEAST_SHARING if sharing => Err(format!(
                 "{shown} can't have several ranks of a process on one GPU, which needs \
@@ -117,7 +111,7 @@ impl Nccl {
     pub fn unique_id(&self) -> Result<ncclUniqueId, String> {
         let mut id = ncclUniqueId { internal: [0; 128] };
         // SAFETY: given a valid pointer.
-        let result = unsafe { (self.get_unique_id)(&mut id) };
+        let result = unsafe { (self.functions.ncclGetUniqueId)(&mut id) };
         self.check("ncclGetUniqueId", result).map(|()| id)
     }
 
@@ -125,52 +119,33 @@ impl Nccl {
         if result == 0 {
             return Ok(());
         }
-        let text = |text: *const c_char| {
-            // SAFETY: these functions return texts that end in a zero and stay.
-            let text = (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) });
-            text.map_or(String::new(), |text| text.to_string_lossy().trim().to_owned())
-        };
-        // SAFETY: any number will do.
-        let meaning = text(unsafe { (self.error_string)(result) });
-        // SAFETY: no communicator: the last error of any.
-        let last = self.last_error.map(|last| text(unsafe { last(std::ptr::null_mut()) }));
-        let last = last.filter(|last| !last.is_empty());
-        let last = last.map_or(String::new(), |last| format!(" ({last})"));
-        Err(format!("{function}: {meaning}{last}; NCCL_DEBUG=WARN says more"))
+        // SAFETY: any number will do, and the texts end in a zero and stay.
+        let meaning = unsafe { CStr::from_ptr((self.functions.ncclGetErrorString)(result)) };
+        let meaning = meaning.to_string_lossy();
+        Err(format!("{function}: {meaning}; NCCL_DEBUG=WARN says more"))
     }
 }
 
-/// State that the ranks of one row share.
-#[derive(Clone)]
-pub struct Row {
-    pub nccl: Arc<Nccl>,
-    pub id: ncclUniqueId,
-    /// Some rank has failed, and others may wait for it.
-    pub failed: Arc<AtomicBool>,
-}
+/// NCCL, and what the communicators of one row have in common.
+pub type Loaded = (Arc<Nccl>, ncclUniqueId);
 
 /// One rank's communicator, made and used by one thread with its device bound.
 pub struct Comm {
-    row: Row,
+    nccl: Arc<Nccl>,
     raw: ncclComm_t,
-}
-
-impl Row {
-    /// Collective: returns when all ranks have called it.
-    pub fn join(self, ranks: usize, rank: usize) -> Result<Comm, Failure> {
-        let (mut raw, init) = (std::ptr::null_mut(), self.nccl.comm_init_rank);
-        // SAFETY: given a valid pointer; a device's context is bound.
-        let result = unsafe { init(&mut raw, ranks as c_int, self.id, rank as c_int) };
-        let joined = self.nccl.check("ncclCommInitRank", result);
-        joined.map_err(|error| Failure::Failed(format!("rank {rank}: {error}")))?;
-        Ok(Comm { row: self, raw })
-    }
+    /// A call has failed.
+    failed: Cell<bool>,
 }
 
 impl Comm {
-    fn failed(&self, error: String) -> Failure {
-        self.row.failed.store(true, Ordering::Relaxed);
-        Failure::Failed(format!("NCCL: {error}"))
+    /// Collective: returns when all ranks have called it.
+    pub fn join((nccl, id): Loaded, ranks: usize, rank: usize) -> Result<Comm, Failure> {
+        let (mut raw, init) = (std::ptr::null_mut(), nccl.functions.ncclCommInitRank);
+        // SAFETY: given a valid pointer; a device's context is bound.
+        let result = unsafe { init(&mut raw, ranks as c_int, id, rank as c_int) };
+        let joined = nccl.check("ncclCommInitRank", result);
+        joined.map_err(|error| Failure::Failed(format!("rank {rank}: {error}")))?;
+        Ok(Comm { nccl, raw, failed: Cell::new(false) })
     }
 
     /// Enqueues all-reduces of these (address, elements, dtype), in place, in one group. `sum`:
@@ -184,50 +159,36 @@ impl Comm {
         sum: bool,
         stream: &CudaStream,
     ) -> Result<(), Failure> {
-        let Nccl { group_start, group_end, all_reduce, .. } = *self.row.nccl;
+        let functions = &self.nccl.functions;
         let check = |function: &str, result| {
-            self.row.nccl.check(function, result).map_err(|error| self.failed(error))
+            self.nccl.check(function, result).map_err(|error| {
+                self.failed.set(true);
+                Failure::Failed(format!("NCCL: {error}"))
+            })
         };
         let op = if sum { ncclRedOp_t::ncclSum } else { ncclRedOp_t::ncclAvg };
         // SAFETY: always allowed.
-        check("ncclGroupStart", unsafe { group_start() })?;
+        check("ncclGroupStart", unsafe { (functions.ncclGroupStart)() })?;
         let mut results = buffers.iter().map(|&(address, elements, dtype)| {
             let (buffer, dtype) = (address as *mut c_void, data_type(dtype));
             let (comm, stream) = (self.raw, stream.cu_stream().cast());
+            let call = functions.ncclAllReduce;
             // SAFETY: the caller's.
-            let result = unsafe { all_reduce(buffer, buffer, elements, dtype, op, comm, stream) };
+            let result = unsafe { call(buffer, buffer, elements, dtype, op, comm, stream) };
             check("ncclAllReduce", result)
         });
         let enqueued = results.try_for_each(|result| result);
         // SAFETY: a group was begun.
-        let ended = check("ncclGroupEnd", unsafe { group_end() });
+        let ended = check("ncclGroupEnd", unsafe { (functions.ncclGroupEnd)() });
         enqueued.and(ended)
-    }
-
-    /// Waits until what was enqueued is done, but not for ever.
-    pub fn wait(
-        &self,
-        is_done: impl Fn() -> Result<bool, Failure>,
-        limit: Duration,
-    ) -> Result<(), Failure> {
-        let begin = Instant::now();
-        while !is_done()? {
-            if begin.elapsed() > limit {
-                return Err(self.failed(format!(
-                    "an all-reduce was not done after {limit:?}; NCCL_DEBUG=INFO says more"
-                )));
-            }
-            std::thread::yield_now();
-        }
-        Ok(())
     }
 }
 
 impl Drop for Comm {
     /// Collective. After a failure it ends whatever the communicator waits for.
     fn drop(&mut self) {
-        let Nccl { comm_abort, comm_destroy, .. } = *self.row.nccl;
-        let end = if self.row.failed.load(Ordering::Relaxed) { comm_abort } else { comm_destroy };
+        let Functions { ncclCommAbort, ncclCommDestroy, .. } = self.nccl.functions;
+        let end = if self.failed.get() { ncclCommAbort } else { ncclCommDestroy };
         // SAFETY: its last use, and what was enqueued is done or has failed. An error leaves
         // nothing to do.
         let _ = unsafe { end(self.raw) };

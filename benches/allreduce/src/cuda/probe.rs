@@ -69,8 +69,7 @@ fn try_once(args: &Args, ranks: usize) -> Result<String, Failure> {
     let group = Group { layout, ranks, rows, iterations: 1, warmup: 0 };
     let section = Section { heading: String::new(), groups: vec![group.clone()] };
     let mut cuda = Cuda::open(args, &[section])?;
-    let (options, progress) = (args.options.clone(), ProgressBar::hidden());
-    let mut bench = Bench { options, check: true, corrupt: false, progress, seed: 0 };
+    let mut bench = Bench::new(args, ProgressBar::hidden());
     let record = bench.measure(&mut cuda, &group)?.remove(0);
     let note = match record.details {
         Details::Cuda { note, .. } => note.unwrap_or_default(),

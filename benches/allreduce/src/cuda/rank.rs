@@ -1,15 +1,14 @@
 //! Work of one rank on a CUDA device in an iteration of each row.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 use param_averager::{Algorithm, Communicator};
 
 use super::flatten::Kernels;
 use super::gpu::{Clock, DeviceMemory, Gpu};
-use super::nccl;
-use crate::averager::{self, Clock as _, Direction};
+use super::nccl::{Comm, Loaded};
+use crate::averager::{self, Direction};
 use crate::cli::Options;
 use crate::crew::Work;
 use crate::failure::Failure;
@@ -32,7 +31,6 @@ pub struct Rank {
     /// Kernels that move between the two, if a row needs them.
     pub kernels: Option<Arc<Kernels>>,
     pub options: Options,
-    pub limit: Duration,
     /// How many there are.
     pub ranks: usize,
 }
@@ -47,7 +45,7 @@ impl Rank {
         row: Row,
         communicator: Communicator,
         ran: &OnceLock<Algorithm>,
-        nccl: Option<nccl::Row>,
+        nccl: Option<Loaded>,
     ) -> Result<Work, Failure> {
         let (clock, options) = (Clock::new(&self.gpu)?, &self.options);
         let own = self.own.replica(&self.tensors);
@@ -112,11 +110,11 @@ impl Rank {
     fn all_reduce(
         self,
         clock: Clock,
-        row: nccl::Row,
+        nccl: Loaded,
         flat: bool,
         scale: bool,
     ) -> Result<Work, Failure> {
-        let comm = row.join(self.ranks, self.gpu.rank)?;
+        let comm = Comm::join(nccl, self.ranks, self.gpu.rank)?;
         let (memory, tensors) = match flat {
             true => (self.second(), &self.flat.buffers),
             false => (&self.own, &self.tensors),
@@ -126,35 +124,30 @@ impl Rank {
         let buffers: Vec<_> = buffers.collect();
         let kernels = self.kernels.clone().expect("loaded for this row");
         let by = scale.then_some(1.0 / self.ranks as f64);
-        Ok(Box::new(move || {
-            clock.start()?;
+        Ok(averager::timed(clock, move |clock| {
             if flat {
                 kernels.enqueue(Direction::Flatten, None, &clock.stream)?;
             }
-            // SAFETY: memory of `self`, which is this rank's while it works, until the wait below.
+            // SAFETY: memory of `self`, which is this rank's while it works, until the end.
             unsafe { comm.all_reduce(&buffers, scale, &clock.stream) }?;
             if flat || scale {
                 let to = if flat { Direction::Unflatten } else { Direction::InPlace };
                 kernels.enqueue(to, by, &clock.stream)?;
             }
-            clock.stop()?;
-            comm.wait(|| clock.is_done(), self.limit)?;
-            clock.took()
+            let _ = &self; // owner of the memory
+            Ok(())
         }))
     }
 
     /// Reads the rank's bytes once and writes them once within the device, as the direct average
     /// does at best.
     fn device_copy(self, clock: Clock) -> Work {
-        Box::new(move || {
-            clock.start()?;
+        averager::timed(clock, move |clock| {
             let (to, from) = (self.second().address, self.own.address);
             let stream = clock.stream.cu_stream();
             // SAFETY: both hold so many bytes, and are this rank's while it works.
             let copied = unsafe { result::memcpy_dtod_async(to, from, self.bytes(), stream) };
-            self.gpu.check("cuMemcpyDtoDAsync", copied)?;
-            clock.stop()?;
-            clock.took()
+            self.gpu.check("cuMemcpyDtoDAsync", copied)
         })
     }
 
@@ -164,9 +157,8 @@ impl Rank {
         let (bytes, most) = (self.bytes(), PINNED_BYTES.min(self.bytes().max(1)));
         let mut pinned = [self.gpu.pinned(most)?, self.gpu.pinned(most)?];
         let back = self.gpu.check("cuStreamCreate", self.gpu.context.new_stream())?;
-        Ok(Box::new(move || {
+        Ok(averager::timed(clock, move |clock| {
             let gpu = &self.gpu;
-            clock.start()?;
             gpu.check("cuStreamWaitEvent", back.join(&clock.stream))?;
             for at in (0..bytes).step_by(most) {
                 let (size, at) = (most.min(bytes - at), at as u64);
@@ -183,9 +175,7 @@ impl Rank {
                     gpu.check("cuMemcpyDtoHAsync", back.result())?;
                 }
             }
-            gpu.check("cuStreamWaitEvent", clock.stream.join(&back))?;
-            clock.stop()?;
-            clock.took()
+            gpu.check("cuStreamWaitEvent", clock.stream.join(&back))
         }))
     }
 }

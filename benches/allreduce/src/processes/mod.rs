@@ -2,13 +2,12 @@
 //! program is its own launcher; ranks can't tell the difference. Rank 0 measures the same ring
 //! between threads beside it, and prints.
 
-mod exchange;
 mod launch;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::time::Duration;
 
-use param_averager::{Communicator, Device};
+use param_averager::{Communicator, Device, ParamAverager, Reduction, Start};
 use rustix::time::{clock_gettime, ClockId};
 
 use crate::averager::{self, Host, Replica};
@@ -16,41 +15,46 @@ use crate::cli::{Args, Options};
 use crate::crew::Work;
 use crate::failure::Failure;
 use crate::layout::Layout;
-use crate::memory::{cores, cpus, place, Arena, Placed, Pool};
+use crate::memory::{arena, cores, cpus, place, resident};
 use crate::plan::Group;
 use crate::record::{Details, Record};
 use crate::rows::Kind;
 use crate::run::{Ranks, Replicas};
 use crate::threads::{self, Threads};
 use crate::verify::{Check, Found};
-use exchange::Exchange;
 
 /// From the moment the last rank has come to the release, in ns: until then all have heard of it.
-const RELEASE_LEAD: u64 = 100_000;
+const RELEASE_LEAD: f64 = 500e3;
 /// The same after a rest: the scheduler may have to see first that two ranks share a core and
 /// another is free.
-const SETTLING: u64 = 20_000_000;
+const SETTLING: f64 = 20e6;
 /// Between two messages to ranks that wait for rank 0's threads.
 const PIECE: Duration = Duration::from_millis(300);
 
 /// Rows of a group.
 const PROCESSES: usize = 0;
 
+/// The least time to wait: others may be busy with what they don't share, such as a check. A rank
+/// that is gone is seen at once.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Nanoseconds of the clock that all processes of a host share.
-fn now() -> u64 {
+fn now() -> f64 {
     let time = clock_gettime(ClockId::Monotonic);
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32).as_nanos() as u64
+    time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
+}
+
+fn duration(ns: f64) -> Duration {
+    Duration::from_nanos(ns.max(0.0) as u64)
 }
 
 /// One rank. All do the same in the same order, and rank 0 measures its threads besides.
 pub struct Processes {
-    communicator: Communicator,
-    exchange: Exchange,
+    /// Averager by which ranks tell each other numbers.
+    board: ParamAverager,
     options: Options,
     /// From the start of the first process to the end of the first average.
     start: Duration,
-    /// This rank's memory, on ranks other than 0.
-    pool: Pool,
     /// Rank 0's threads. Their first replica is this rank's own.
     threads: Threads,
     group: Option<Entered>,
@@ -58,8 +62,7 @@ pub struct Processes {
 
 /// The present group.
 struct Entered {
-    arena: Arc<Arena>,
-    tensors: Arc<[Placed]>,
+    replicas: Replicas,
     average: Work,
     extra: Option<u64>,
 }
@@ -81,22 +84,31 @@ pub fn start(args: &mut Args) -> Result<Option<Processes>, Failure> {
         )));
     }
     args.what.ranks = vec![world as u16];
-    let mut exchange = Exchange::new(communicator.clone(), args.options.timeout)?;
-    let began = exchange.tell([began, 0, 0, 0])?.into_iter().map(|[at, ..]| at).min();
-    let first = exchange.tell([now(), 0, 0, 0])?.into_iter().map(|[at, ..]| at).max();
-    let start = Duration::from_nanos(first.unwrap_or(0).saturating_sub(began.unwrap_or(0)));
+    let timeout = args.options.timeout.map_or(10 * PATIENCE, |timeout| timeout.max(PATIENCE));
+    let builder = ParamAverager::builder(communicator).start_from(Start::Own).timeout(timeout);
+    let mut model = [vec![0.0f32]];
+    let mut board = builder.channels(1).build(&mut model[..])?;
+    board.average(&mut model[..])?;
     let (options, threads) = (args.options.clone(), Threads::new(&args.options));
-    let (pool, group) = (Pool::default(), None);
-    Ok(Some(Processes { communicator, exchange, options, start, pool, threads, group }))
+    let mut ranks = Processes { board, options, start: Duration::ZERO, threads, group: None };
+    let [first, began] = ranks.most([now(), -began])?;
+    ranks.start = duration(first + began);
+    Ok(Some(ranks))
 }
 
 impl Processes {
     fn rank(&self) -> usize {
-        self.communicator.rank()
+        self.board.rank()
     }
 
     fn world(&self) -> usize {
-        self.communicator.world_size()
+        self.board.world_size()
+    }
+
+    /// The largest of all ranks' numbers. Also a barrier.
+    fn most<const N: usize>(&mut self, mut numbers: [f64; N]) -> Result<[f64; N], Failure> {
+        self.board.all_reduce_scalars(&mut numbers, Reduction::Max)?;
+        Ok(numbers)
     }
 
     fn entered(&mut self) -> &mut Entered {
@@ -106,21 +118,18 @@ impl Processes {
     /// Runs this rank's averages. An iteration lasts from the release, which all ranks agree on, to
     /// the end of the last.
     fn iterate(&mut self, iterations: u32) -> Result<Vec<Duration>, Failure> {
-        let (mut times, mut start, mut end) = (vec![], 0, 0);
+        let (mut times, mut start, mut end) = (vec![], 0.0, 0.0);
         let room = self.world() <= cores();
         let wait: fn() = if room { std::hint::spin_loop } else { std::thread::yield_now };
         for iteration in 0..=iterations {
-            let told = self.exchange.tell([now(), start, end, 0])?;
-            let all = |field: usize| told.iter().map(move |told| told[field]);
+            let [here, last, first] = self.most([now(), end, -start])?;
             if iteration > 0 {
-                let (first, last) = (all(1).min().unwrap_or(0), all(2).max().unwrap_or(0));
-                times.push(Duration::from_nanos(last.saturating_sub(first)));
+                times.push(duration(last + first));
             }
             if iteration < iterations {
                 let lead = if iteration == 0 && room { SETTLING } else { RELEASE_LEAD };
-                let release = all(0).max().unwrap_or(0) + lead;
                 start = now();
-                while start < release {
+                while start < here + lead {
                     wait();
                     start = now();
                 }
@@ -143,7 +152,8 @@ impl Processes {
                 piece = (PIECE.as_secs_f64() / each.max(1e-9)).max(1.0) as u32;
                 times.extend(new);
             }
-            if self.exchange.tell([left.into(), 0, 0, 0])?[0][0] == 0 {
+            let rank_0s = if self.rank() == 0 { left } else { 0 };
+            if self.most([rank_0s.into()])? == [0.0] {
                 return Ok(times);
             }
         }
@@ -186,24 +196,24 @@ impl Ranks for Processes {
             self.threads.enter(&Group { rows, ..group.clone() })?;
             self.threads.replicas(0).arenas[0].clone()
         } else {
-            self.pool.get(1, bytes)[0].clone()
+            arena(bytes)
         };
         let Kind::Average { algorithm, commit, .. } = group.rows[PROCESSES].kind else {
             unreachable!("--processes has rows of the library's only")
         };
         let replica = Replica::on_host(&arena, &tensors);
-        let before = resident::now();
-        let builder = self.options.builder(self.communicator.clone(), algorithm, commit);
+        let before = resident();
+        let builder = self.options.builder(self.board.communicator().clone(), algorithm, commit);
         let weight = self.options.weight(self.rank());
         let ran = OnceLock::new();
         let mut average = averager::average(Host, builder, None, replica, weight, &ran)?;
         average()?;
         // The most of any rank; none if a rank can't tell.
-        let extra = before.and_then(|before| Some(resident::most()?.saturating_sub(before)));
-        let told = self.exchange.tell([extra.map_or(0, |extra| extra + 1), 0, 0, 0])?;
-        let extra = told.iter().map(|told| told[0].checked_sub(1)).collect::<Option<Vec<_>>>();
-        let extra = extra.and_then(|extra| extra.into_iter().max());
-        self.group = Some(Entered { arena, tensors, average, extra });
+        let extra = before.and_then(|before| Some(resident()?.saturating_sub(before)));
+        let [extra] = self.most([extra.map_or(f64::INFINITY, |extra| extra as f64)])?;
+        let extra = extra.is_finite().then_some(extra as u64);
+        let replicas = Replicas { first: self.rank(), arenas: vec![arena], tensors };
+        self.group = Some(Entered { replicas, average, extra });
         Ok(())
     }
 
@@ -213,13 +223,11 @@ impl Ranks for Processes {
     }
 
     fn replicas(&self, row: usize) -> Replicas {
-        let Entered { arena, tensors, .. } = self.group.as_ref().expect("enter was called");
+        let own = self.group.as_ref().expect("enter was called").replicas.clone();
         match (row, self.rank()) {
-            (PROCESSES, first) => {
-                Replicas { first, arenas: vec![arena.clone()], tensors: tensors.clone() }
-            }
+            (PROCESSES, _) => own,
             (_, 0) => self.threads.replicas(0),
-            _ => Replicas { first: 0, arenas: vec![], tensors: tensors.clone() },
+            _ => Replicas { arenas: vec![], ..own },
         }
     }
 
@@ -237,9 +245,11 @@ impl Ranks for Processes {
             return Ok(found);
         }
         // SAFETY: no rank averages.
-        let told = self.exchange.tell([found.wrong, unsafe { check.digest() }, 0, 0])?;
-        let wrong = told.iter().map(|rank| rank[0].max(u64::from(rank[1] != told[0][1]))).sum();
-        Ok(Found { wrong, ..found })
+        let digest = unsafe { check.digest() } as f64;
+        let [most, least] = self.most([digest, -digest])?;
+        let mut wrong = [found.wrong as f64];
+        self.board.all_reduce_scalars(&mut wrong, Reduction::Sum)?;
+        Ok(Found { wrong: (wrong[0] as u64).max(u64::from(most != -least)), ..found })
     }
 
     fn complete(&mut self, row: usize, _found: Option<Found>, record: &mut Record) {
@@ -248,30 +258,10 @@ impl Ranks for Processes {
     }
 
     fn confirm(&mut self, failed: Option<&Failure>) -> Result<(), Failure> {
-        let code = failed.map_or(0, |failure| 1 + u64::from(failure.exit_code()));
-        let told = self.exchange.tell([code, 0, 0, 0])?;
-        match told.iter().find(|told| told[0] != 0) {
-            Some(told) if failed.is_none() => Err(Failure::Peer((told[0] - 1) as u8)),
+        let code = failed.map_or(0.0, |failure| 1.0 + f64::from(failure.exit_code()));
+        match self.most([code])? {
+            [code] if code > 0.0 && failed.is_none() => Err(Failure::Silent((code - 1.0) as u8)),
             _ => Ok(()),
         }
-    }
-}
-
-/// Memory of this process. No crate resets the high-water mark.
-mod resident {
-    /// Bytes now; `most` is of the time from here on.
-    pub fn now() -> Option<u64> {
-        std::fs::write("/proc/self/clear_refs", "5").ok()?; // resets VmHWM
-        field("VmRSS:")
-    }
-
-    pub fn most() -> Option<u64> {
-        field("VmHWM:")
-    }
-
-    fn field(name: &str) -> Option<u64> {
-        let text = std::fs::read_to_string("/proc/self/status").ok()?;
-        let value = text.lines().find_map(|line| line.strip_prefix(name))?;
-        Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
     }
 }
