@@ -6,8 +6,6 @@ use std::sync::Arc;
 use memmap2::{MmapOptions, MmapRaw};
 use param_averager::Dtype;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
-#[cfg(target_os = "linux")]
-use sysinfo::{ProcessRefreshKind, ProcessesToUpdate};
 
 use crate::layout::Layout;
 
@@ -132,15 +130,6 @@ pub fn available() -> Option<(u64, u64)> {
     let limits = system.cgroup_limits().filter(|limits| limits.total_memory < all);
     let limits = limits.map_or((free, all), |limits| (limits.free_memory, limits.total_memory));
     (all > 0).then_some((free.min(limits.0), limits.1))
-}
-
-/// Bytes of memory that this process has touched and not given back.
-#[cfg(target_os = "linux")]
-pub fn resident() -> Option<u64> {
-    let (own, mut system) = (sysinfo::get_current_pid().ok()?, System::new());
-    let memory = ProcessRefreshKind::nothing().with_memory().without_tasks();
-    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[own]), false, memory);
-    Some(system.process(own)?.memory())
 }
 
 /// Bytes for people.

@@ -15,7 +15,7 @@ use crate::cli::{Args, Options};
 use crate::crew::Work;
 use crate::failure::Failure;
 use crate::layout::Layout;
-use crate::memory::{arena, cores, cpus, place, resident};
+use crate::memory::{arena, cores, cpus, place};
 use crate::plan::Group;
 use crate::record::{Details, Record};
 use crate::rows::Kind;
@@ -202,14 +202,14 @@ impl Ranks for Processes {
             unreachable!("--processes has rows of the library's only")
         };
         let replica = Replica::on_host(&arena, &tensors);
-        let before = resident();
+        let before = resident::now();
         let builder = self.options.builder(self.board.communicator().clone(), algorithm, commit);
         let weight = self.options.weight(self.rank());
         let ran = OnceLock::new();
         let mut average = averager::average(Host, builder, None, replica, weight, &ran)?;
         average()?;
         // The most of any rank; none if a rank can't tell.
-        let extra = before.and_then(|before| Some(resident()?.saturating_sub(before)));
+        let extra = before.and_then(|before| Some(resident::most()?.saturating_sub(before)));
         let [extra] = self.most([extra.map_or(f64::INFINITY, |extra| extra as f64)])?;
         let extra = extra.is_finite().then_some(extra as u64);
         let replicas = Replicas { first: self.rank(), arenas: vec![arena], tensors };
@@ -263,5 +263,24 @@ impl Ranks for Processes {
             [code] if code > 0.0 && failed.is_none() => Err(Failure::Silent((code - 1.0) as u8)),
             _ => Ok(()),
         }
+    }
+}
+
+/// Memory of this process. No crate resets the high-water mark.
+mod resident {
+    /// Bytes now; `most` is of the time from here on.
+    pub fn now() -> Option<u64> {
+        std::fs::write("/proc/self/clear_refs", "5").ok()?; // resets VmHWM
+        field("VmRSS:")
+    }
+
+    pub fn most() -> Option<u64> {
+        field("VmHWM:")
+    }
+
+    fn field(name: &str) -> Option<u64> {
+        let text = std::fs::read_to_string("/proc/self/status").ok()?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
     }
 }
