@@ -204,10 +204,10 @@ pub struct Measuring {
 #[derive(Clone, Debug, Default, Group)]
 #[command(next_help_heading = "The averager's options")]
 pub struct Options {
-    /// On CUDA devices, where the ring's mailboxes are: auto, peer (device memory) or host
-    /// (page-locked memory of the host) [default: auto]
+    /// On CUDA devices, where the ring's mailboxes are: auto, peer (the receiver's memory), pull (the
+    /// sender's) or host (page-locked memory of the host) [default: auto]
     #[arg(long, value_name = "LINK", hide_possible_values = true)]
-    #[arg(value_parser = PossibleValuesParser::new(["auto", "peer", "host"]).map(link))]
+    #[arg(value_parser = PossibleValuesParser::new(["auto", "peer", "pull", "host"]).map(link))]
     pub link: Option<Link>,
     /// The ring writes as it goes, without the vote that makes it all or nothing
     #[arg(long)]
@@ -294,6 +294,7 @@ fn algorithm(name: String) -> Algorithm {
 fn link(name: String) -> Link {
     match name.as_str() {
         "peer" => Link::Peer,
+        "pull" => Link::Pull,
         "host" => Link::Host,
         _ => Link::Auto,
     }
