@@ -204,8 +204,8 @@ pub struct Measuring {
 #[derive(Clone, Debug, Default, Group)]
 #[command(next_help_heading = "The averager's options")]
 pub struct Options {
-    /// On CUDA devices, where the ring's mailboxes are: auto, peer (the receiver's memory), pull (the
-    /// sender's) or host (page-locked memory of the host) [default: auto]
+    /// On CUDA devices, where the ring's mailboxes are: auto, peer (the receiver's memory), pull
+    /// (the sender's) or host (page-locked memory of the host) [default: auto]
     #[arg(long, value_name = "LINK", hide_possible_values = true)]
     #[arg(value_parser = PossibleValuesParser::new(["auto", "peer", "pull", "host"]).map(link))]
     pub link: Option<Link>,
