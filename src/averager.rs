@@ -137,8 +137,10 @@ pub struct ParamAverager {
     lost_state: f64,
     #[cfg(feature = "metrics")]
     metrics: telemetry::Metrics,
-    /// The user's stage.
+    /// The user's stage, and the link to other hosts.
     stage: Option<RankStage>,
+    /// True if the next recovery is one of this host alone.
+    leaves_hosts: bool,
     /// Stream of the average that may be under way, kept alive until the next one has begun.
     stream: Option<Arc<dyn Any + Send + Sync>>,
     watch: Arc<Watch>,

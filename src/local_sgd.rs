@@ -11,7 +11,7 @@ mod since;
 
 use std::time::Instant;
 
-use crate::averager::{Begun, Halt, Lend, Progress};
+use crate::averager::{Begun, Lend};
 use crate::schedule::{place, Course, Decisions};
 use crate::{Error, ParamAverager, Report, Result, Schedule};
 pub use action::Action;
@@ -308,26 +308,6 @@ impl LocalSgd {
     pub fn wait(&mut self) -> Result<Option<Report>> {
         self.unreported.take().map_or(Ok(()), Err)?;
         self.settle()
-    }
-
-    /// Recovers from an error that [is fatal](crate::Error::is_fatal), among the ranks that are
-    /// left, all of which call it; see [`ParamAverager::recover`]. It makes the average that failed
-    /// at once, so that all ranks have the same parameters.
-    ///
-    /// All ranks take the place in the schedule of the rank that was farthest on when the first
-    /// averager of the world was recovered: some may have completed the average that failed for
-    /// others. This rank may have passed that place.
-    ///
-    /// A process with several `LocalSgd`s of one world recovers all of them when one has failed, in
-    /// the same order on every rank, since each makes an average. Ranks that begin with different
-    /// ones get an error.
-    ///
-    /// # Errors
-    /// As [`ParamAverager::recover`], and those of the average.
-    pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.unreported = None; // it has failed for good
-        let made = self.recover_step(params, &mut Progress::default()).map_err(Halt::error);
-        self.ended(made)
     }
 
     /// True if the next [`step`](Self::step) or [`skip`](Self::skip) averages, or starts the

@@ -167,6 +167,7 @@ impl ParamAverager {
             captured: None,
             mixed: false,
             lost_state: 0.0,
+            leaves_hosts: false,
             #[cfg(feature = "metrics")]
             metrics: super::telemetry::Metrics::new(communicator.rank(), world),
             stage: RankStage::new(&options, &table, sizes.chunk, channels),

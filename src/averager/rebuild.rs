@@ -102,7 +102,7 @@ impl Rebuild for Blueprint {
             admission: Admission::None,
             ordinal: Some(self.ordinal.clone()),
             inherited: None,
-            ..self.options.clone()
+            ..self.options.clone().within_host()
         };
         let (tensors, names) = self.layout.size();
         let (table, refusal) =

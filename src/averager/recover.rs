@@ -55,6 +55,26 @@ impl ParamAverager {
         }
     }
 
+    /// Recovers as [`recover`](Self::recover) does, with the ranks of this host alone: the link to
+    /// [other hosts](crate::Builder::hosts) is left for good. The averages that follow are of this
+    /// host's ranks, and their reports have one host. An outer optimizer's state stays, but for the
+    /// part of a lost rank. Hosts that go on alone move apart: save a checkpoint of one, and
+    /// restart all from it. Without a link the same as `recover`.
+    ///
+    /// # Errors
+    /// As [`recover`](Self::recover).
+    pub fn recover_within_host<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<()> {
+        self.leave_hosts(true);
+        let made = self.recover(params);
+        self.leave_hosts(false);
+        made
+    }
+
+    /// Sets whether a recovery leaves the link to other hosts.
+    pub(crate) fn leave_hosts(&mut self, leaves: bool) {
+        self.leaves_hosts = leaves;
+    }
+
     /// Recovers, as one step of a call that may have more. Returns the place in the schedule, since
     /// some ranks may have completed the average that failed for others, and have gone on to the
     /// next. `averages` is true if the caller averages next, to make up for an average that was
@@ -142,6 +162,9 @@ impl ParamAverager {
         averages: bool,
         progress: &mut Progress,
     ) -> Result<Regrouped, Halt> {
+        if self.leaves_hosts {
+            self.options = self.options.clone().within_host();
+        }
         if let Some(refusal) = self.refusal_of_regrouping() {
             return Err(progress.halt(refusal));
         }

@@ -183,8 +183,11 @@
 //! [`Error::StageVetoed`](crate::Error::StageVetoed) with that rank's reason.
 //!
 //! A link that has ended is not mended: **restart all hosts from the checkpoint.** `recover` and
-//! joins are refused: hosts would not have the same ranks any more. MPI itself ends all ranks when
-//! one dies, unless it was told otherwise.
+//! joins are refused: hosts would not have the same ranks any more.
+//! [`recover_within_host`](crate::LocalSgd::recover_within_host), of ranks that are processes,
+//! leaves the link and goes on with the ranks that this host has left, with their outer state: so a
+//! host can save the newest checkpoint for that restart, or train on alone, away from the others.
+//! MPI itself ends all ranks when one dies, unless it was told otherwise.
 //!
 //! One case is left. A host that is lost or stopped between its word in the last exchange and its
 //! own vote, or whose wait in that exchange ends (an eighth of the timeout), or to which the word

@@ -10,6 +10,38 @@ use crate::world::Admission;
 use crate::{Error, Report, Result};
 
 impl LocalSgd {
+    /// Recovers from an error that [is fatal](crate::Error::is_fatal), among the ranks that are
+    /// left, all of which call it; see [`ParamAverager::recover`]. It makes the average that failed
+    /// at once, so that all ranks have the same parameters.
+    ///
+    /// All ranks take the place in the schedule of the rank that was farthest on when the first
+    /// averager of the world was recovered: some may have completed the average that failed for
+    /// others. This rank may have passed that place.
+    ///
+    /// A process with several `LocalSgd`s of one world recovers all of them when one has failed, in
+    /// the same order on every rank, since each makes an average. Ranks that begin with different
+    /// ones get an error.
+    ///
+    /// # Errors
+    /// As [`ParamAverager::recover`], and those of the average.
+    pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.unreported = None; // it has failed for good
+        let made = self.recover_step(params, &mut Progress::default()).map_err(Halt::error);
+        self.ended(made)
+    }
+
+    /// Recovers as [`recover`](Self::recover) does, with the ranks of this host alone; see
+    /// [`ParamAverager::recover_within_host`].
+    ///
+    /// # Errors
+    /// As [`recover`](Self::recover).
+    pub fn recover_within_host<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.averager.leave_hosts(true);
+        let made = self.recover(params);
+        self.averager.leave_hosts(false);
+        made
+    }
+
     /// Makes one average of a fragment, or of the whole model, behind an earlier one that was
     /// enqueued. `waits` is false if it may be enqueued, too.
     pub(super) fn average(

@@ -11,6 +11,8 @@ mod forks;
 #[cfg(target_os = "linux")]
 mod held;
 #[cfg(target_os = "linux")]
+mod hosts;
+#[cfg(target_os = "linux")]
 mod jobs;
 #[cfg(target_os = "linux")]
 mod joins;
@@ -60,6 +62,7 @@ fn main() -> std::process::ExitCode {
     if let Ok(role) = std::env::var(process::ROLE) {
         process::exit_as(move || match role.as_str() {
             "limited" => limited::limited(),
+            "leaves_hosts" => hosts::leaves_hosts(),
             "stage" => stage::stage(),
             "left_alone" => partly::left_alone(),
             "shared_state" => shared_state::shared_state(),
@@ -115,6 +118,7 @@ fn main() -> std::process::ExitCode {
             deaths::stopped_rank_is_late_and_excluded,
             deaths::kill_is_noticed_at_once_beside_a_stopped_rank,
             deaths::kills_at_any_time,
+            hosts::ranks_recover_within_their_host,
             outer::kills_advance_the_velocity_of_all_ranks_or_of_none,
             outer::kills_while_averages_are_under_way_lose_no_step,
             outer::a_joiner_takes_over_its_shard_of_the_velocity,

@@ -46,6 +46,12 @@ impl Builder {
         self
     }
 
+    /// The same without a link to other hosts.
+    pub(in crate::averager) fn within_host(mut self) -> Self {
+        (self.hosts, self.hosts_compression) = (None, Compression::None);
+        self
+    }
+
     /// True if the exchange with other hosts refers to the outer optimizer's anchors.
     pub(in crate::averager) fn needs_anchors(&self) -> bool {
         self.hosts_compression != Compression::None && !self.outer.is_mean()
@@ -153,7 +159,8 @@ impl ParamAverager {
             rank: self.rank(),
             option: "hosts",
             found: format!("{}, and ranks that recover or join", self.options.hosts_in_words()),
-            expected: "the same ranks to the end: restart all hosts from a checkpoint",
+            expected: "the same ranks to the end: restart all hosts from a checkpoint, or \
+                recover_within_host, to go on on this host alone",
         })
     }
 
