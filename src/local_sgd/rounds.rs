@@ -7,6 +7,8 @@ use crate::averager::{Call, Halt, Lend, Outcome, Progress, Regrouped, TRIES};
 use crate::hash::fnv1a;
 use crate::schedule::place;
 use crate::world::Admission;
+#[cfg(doc)]
+use crate::ParamAverager;
 use crate::{Error, Report, Result};
 
 impl LocalSgd {
