@@ -1,6 +1,7 @@
 //! Roles of ranks.
 
 use std::io::BufRead;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -211,18 +212,37 @@ fn averages() -> Result<()> {
         model.set(values(round));
         let made = averager.average(&mut model);
         model.download();
-        let report = made.inspect_err(|error| {
-            assert!(matches!(error, Error::HostLost { .. } | Error::StageVetoed { .. }));
-            assert_eq!(model.values, values(round), "a tensor has changed: {error}");
-            say("unchanged");
-        })?;
-        assert_eq!((report.hosts, report.world_size), (hosts, ranks));
-        for tensor in &model.values {
-            for (at, found) in tensor.iter().enumerate() {
-                let sum: f32 = (0..all).map(|rank| value(rank, round, at)).sum();
-                assert!((found - sum / all as f32).abs() <= 1e-6 * sum, "{at}: {found}");
+        let check = |model: &Tensors, ranks: Range<usize>| {
+            for tensor in &model.values {
+                for (at, found) in tensor.iter().enumerate() {
+                    let sum: f32 = ranks.clone().map(|rank| value(rank, round, at)).sum();
+                    let mean = sum / ranks.len() as f32;
+                    assert!((found - mean).abs() <= 1e-6 * sum, "{at}: {found}");
+                }
             }
-        }
+        };
+        let report = match made {
+            Ok(report) => report,
+            Err(error) => {
+                assert!(matches!(error, Error::HostLost { .. } | Error::StageVetoed { .. }));
+                assert_eq!(model.values, values(round), "a tensor has changed: {error}");
+                say("unchanged");
+                // This host goes on alone. A rank that a veto has stopped learns of the loss now.
+                if !error.is_fatal() {
+                    assert!(averager.average(&mut model).unwrap_err().is_fatal());
+                }
+                averager.recover_within_host(&mut model)?;
+                model.set(values(round));
+                let report = averager.average(&mut model)?;
+                model.download();
+                assert_eq!((report.hosts, report.world_size), (1, ranks));
+                check(&model, host * ranks..(host + 1) * ranks);
+                say("alone");
+                return Err(error);
+            }
+        };
+        assert_eq!((report.hosts, report.world_size), (hosts, ranks));
+        check(&model, 0..all);
         if round == 3 {
             say("ready");
         }
