@@ -67,8 +67,10 @@ impl Schedule {
     /// after a step, the group of the largest period that divides its number averages, and no
     /// other, as with PyTorch's `HierarchicalModelAverager`. Each group is a world of its own, with
     /// a [`LocalSgd`](crate::LocalSgd) of its schedule, and a rank calls `step` of all of its
-    /// groups after each optimizer step. All have the same [warm-up](Self::after_warmup), whose
-    /// averages the last group makes, that of all ranks. Its `finish` makes the last average.
+    /// groups after each optimizer step, on all ranks in one order. All have the same
+    /// [warm-up](Self::after_warmup), whose averages the last group makes, that of all ranks. Its
+    /// `finish` makes the last average. A group that recovers goes on at the step of its rank that
+    /// was farthest on, whatever its ranks' other groups have.
     /// [`guide::practice`](crate::guide::practice) has a program. For ranks of several hosts see
     /// [`Hierarchy`](crate::Hierarchy).
     ///

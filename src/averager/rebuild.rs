@@ -39,7 +39,7 @@ impl Blueprint {
     /// Blueprint of an averager that was built just now, registered with its world.
     pub(super) fn of(averager: &ParamAverager) -> Arc<Blueprint> {
         let blueprint = Arc::new(Blueprint {
-            options: averager.options.clone(),
+            options: averager.options.clone().within_host(), // no recovery has other hosts
             layout: averager.table.layout.clone(),
             ordinal: averager.agreement.ordinal.clone().unwrap_or_default(),
             course: Mutex::new(averager.farthest_course()),
@@ -102,7 +102,7 @@ impl Rebuild for Blueprint {
             admission: Admission::None,
             ordinal: Some(self.ordinal.clone()),
             inherited: None,
-            ..self.options.clone().within_host()
+            ..self.options.clone()
         };
         let (tensors, names) = self.layout.size();
         let (table, refusal) =

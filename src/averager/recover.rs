@@ -61,6 +61,10 @@ impl ParamAverager {
     /// part of a lost rank. Hosts that go on alone move apart: save a checkpoint of one, and
     /// restart all from it. Without a link the same as `recover`.
     ///
+    /// A host may also leave the others without a failure: they get [`Error::HostLost`]. So it is
+    /// called after any error of an average on one rank, on all ranks of the host: one beside a
+    /// rank whose link has failed gets [`Error::StageVetoed`], which is not fatal.
+    ///
     /// # Errors
     /// As [`recover`](Self::recover).
     pub fn recover_within_host<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<()> {
@@ -87,14 +91,15 @@ impl ParamAverager {
     ) -> Result<Regrouped, Halt> {
         let latest = &self.options.communicator;
         let is_over = latest.is_superseded() || latest.has_lost_a_member();
-        if !is_over && !self.has_failed() && !self.communicator.is_superseded() {
+        let leaves = self.leaves_hosts && self.options.hosts.is_some();
+        if !leaves && !is_over && !self.has_failed() && !self.communicator.is_superseded() {
             return Ok(Regrouped { course: self.course(), admitted: None });
         }
         // In this view all averagers but this one were built, and are in use.
         let refused =
             self.blueprint.as_ref().and_then(|blueprint| blueprint.refusal(latest.view()));
         match refused {
-            Some(error) if !is_over => Err(progress.halt(error)),
+            Some(error) if !is_over && !leaves => Err(progress.halt(error)),
             _ => self.regroup(params, Admission::None, averages, progress),
         }
     }
@@ -162,10 +167,7 @@ impl ParamAverager {
         averages: bool,
         progress: &mut Progress,
     ) -> Result<Regrouped, Halt> {
-        if self.leaves_hosts {
-            self.options = self.options.clone().within_host();
-        }
-        if let Some(refusal) = self.refusal_of_regrouping() {
+        if let Some(refusal) = self.refusal_of_regrouping().filter(|_| !self.leaves_hosts) {
             return Err(progress.halt(refusal));
         }
         // Enqueued work ends by itself.
@@ -201,6 +203,11 @@ impl ParamAverager {
                 Err(error @ Error::RecoveryUnsupported { .. }) => return Err(progress.halt(error)),
                 Err(error) => return Err(self.halt(error, progress)),
             };
+            if self.leaves_hosts {
+                self.options = self.options.clone().within_host();
+                let cause = Error::StaleView { rank: self.rank() };
+                self.stage.iter().for_each(|stage| stage.abort(&cause));
+            }
             let communicator = self.options.communicator.clone();
             if let Some((error, ranks)) = last.take() {
                 in_vain = if communicator.world_size() < ranks { 0 } else { in_vain + 1 };

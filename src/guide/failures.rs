@@ -84,8 +84,10 @@
 //! unless set. On CUDA devices this is the wait for a rank to come; within kernels the limit is
 //! [`device_timeout`](crate::Builder::device_timeout). One exception: once the direct average has
 //! begun to write, ranks wait for one another without a limit, since a peer may still be writing
-//! into their tensors; unless it departs, or its device fails and a rank waits on the host, which
-//! sees that.
+//! into their tensors; unless it departs, or its device fails and this rank waits in a call of the
+//! averager or of `Pending`, which sees that. A wait for a stream, a
+//! [`graph_outcome`](crate::ParamAverager::graph_outcome) among them, ends when a rank of that
+//! device departs.
 //!
 //! # What else can happen
 //!

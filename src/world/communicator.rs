@@ -72,6 +72,11 @@ impl Communicator {
         Communicator { bootstrap, place: HostPlace::default(), timeout: TIMEOUT }
     }
 
+    /// The same rank, as one of a single host.
+    pub(crate) fn within_host(self) -> Communicator {
+        Communicator { place: HostPlace::default(), ..self }
+    }
+
     /// The same rank, at this place among hosts.
     #[cfg(processes)]
     pub(super) fn at(self, place: HostPlace, timeout: Duration) -> Communicator {

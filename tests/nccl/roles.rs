@@ -227,10 +227,7 @@ fn averages() -> Result<()> {
                 assert!(matches!(error, Error::HostLost { .. } | Error::StageVetoed { .. }));
                 assert_eq!(model.values, values(round), "a tensor has changed: {error}");
                 say("unchanged");
-                // This host goes on alone. A rank that a veto has stopped learns of the loss now.
-                if !error.is_fatal() {
-                    assert!(averager.average(&mut model).unwrap_err().is_fatal());
-                }
+                // This host goes on alone, also after a veto of a rank whose link has failed.
                 averager.recover_within_host(&mut model)?;
                 model.set(values(round));
                 let report = averager.average(&mut model)?;

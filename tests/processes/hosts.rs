@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use param_averager::*;
 use test_support::process::start_all;
-use test_support::rank::{builder, die, join, number, say};
+use test_support::rank::{builder, die, join, say};
 
 /// Set when the other host is lost.
 static IS_CUT: AtomicBool = AtomicBool::new(false);
@@ -61,13 +61,16 @@ fn train(model: &mut [f32], round: usize) {
     (0..).zip(model).for_each(|(at, weight)| *weight += ((at * 7 + round * 13) % 64) as f32);
 }
 
-/// Role: averages; loses the other host, or the last rank dies, in round 3; goes on alone, as a
-/// rank that has lost nothing.
+/// Role: averages; loses the other host, or the last rank dies, or this host leaves the other, in
+/// round 3; goes on alone, as a rank that has lost nothing.
 pub fn leaves_hosts() -> i32 {
     const ROUNDS: usize = 6;
-    let dies = number("PA_TEST_LAST_RANK_DIES") == Some(1);
-    let outer = if dies { Outer::mean() } else { Outer::nesterov(0.5, 0.75) };
-    let options = |world| builder(world).start_from(Start::Rank(0)).outer(outer);
+    let reason = std::env::var("PA_TEST_LEAVES_HOSTS").unwrap();
+    let dies = reason == "death";
+    let options = |world| {
+        let options = builder(world).start_from(Start::Rank(0)).share_outer_state(true);
+        options.outer(Outer::nesterov(0.5, 0.75))
+    };
     let [mut model, mut expected] = [vec![0.0f32; 5000], vec![0.0; 5000]];
     let world = join().unwrap();
     let (rank, ranks) = (world.rank(), world.world_size());
@@ -82,8 +85,15 @@ pub fn leaves_hosts() -> i32 {
         if round == 3 && dies && rank + 1 == ranks {
             die();
         }
-        IS_CUT.store(round == 3 && !dies, Ordering::Relaxed);
-        let made = match sgd.step(&mut model) {
+        IS_CUT.store(round == 3 && reason == "cut", Ordering::Relaxed);
+        let made = match round == 3 && reason == "wish" {
+            true => {
+                say("lost nothing");
+                sgd.recover_within_host(&mut model)
+            }
+            false => sgd.step(&mut model),
+        };
+        let made = match made {
             Err(error) if round == 3 => {
                 assert!(error.is_fatal() && error.tensors() == TensorState::Unchanged, "{error}");
                 say(&format!("lost {error}"));
@@ -94,7 +104,7 @@ pub fn leaves_hosts() -> i32 {
             made => made.unwrap(),
         };
         // Outer steps begin from the mean of the first average after a recovery.
-        match round == 3 && !dies {
+        match round == 3 {
             true => reference.broadcast(0, &mut expected).map(drop).unwrap(),
             false => reference.average(&mut expected).map(drop).unwrap(),
         }
@@ -109,11 +119,11 @@ pub fn leaves_hosts() -> i32 {
 }
 
 pub fn ranks_recover_within_their_host() {
-    for (dies, lost) in [("0", "host 1"), ("1", "rank 2")] {
-        let variables = |_| vec![("PA_TEST_LAST_RANK_DIES", dies.to_owned())];
+    for (reason, lost) in [("cut", "host 1"), ("death", "rank 2"), ("wish", "nothing")] {
+        let variables = |_| vec![("PA_TEST_LEAVES_HOSTS", reason.to_owned())];
         let mut ranks = start_all("leaves_hosts", 3, variables);
         for (index, rank) in ranks.iter_mut().enumerate() {
-            let killed = dies == "1" && index == 2;
+            let killed = reason == "death" && index == 2;
             assert_eq!(rank.end() == Some(0), !killed, "{:#?}", rank.output);
             if !killed {
                 let said = rank.said("lost");

@@ -49,6 +49,7 @@ impl Builder {
     /// The same without a link to other hosts.
     pub(in crate::averager) fn within_host(mut self) -> Self {
         (self.hosts, self.hosts_compression) = (None, Compression::None);
+        self.communicator = self.communicator.within_host();
         self
     }
 

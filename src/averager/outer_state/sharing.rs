@@ -45,8 +45,8 @@ impl Builder {
     /// writes as many. That is 1/(n − 1) of what a ring of f32 through memory of the host
     /// ([`Link::Host`](crate::Link::Host)) moves in each direction; 1.5/(n − 1) with Adam.
     ///
-    /// Has no effect without an outer optimizer, and for ranks that can't recover: threads, and
-    /// those of several [hosts](Self::hosts). Default: `false`.
+    /// Has no effect without an outer optimizer, and for threads, which can't recover. Ranks of
+    /// several [hosts](Self::hosts) recover within their host. Default: `false`.
     pub fn share_outer_state(mut self, share: bool) -> Self {
         self.share_outer_state = share;
         self
@@ -57,8 +57,7 @@ impl Builder {
         let communicator = &self.communicator;
         let has_peers =
             communicator.placement().between_processes() && communicator.world_size() > 1;
-        let can_recover = has_peers && self.hosts.is_none();
-        self.share_outer_state && can_recover && !self.outer.is_mean()
+        self.share_outer_state && has_peers && !self.outer.is_mean()
     }
 }
 

@@ -169,6 +169,27 @@ impl Failed {
         Failed { function: "launches that a panic has ended", result: CUresult::CUDA_ERROR_UNKNOWN }
     }
 
+    /// True if the device's work has ended by a failure: the context is lost to this process.
+    pub(crate) fn is_of_lost_context(&self) -> bool {
+        use CUresult::*;
+        matches!(
+            self.result,
+            CUDA_ERROR_ILLEGAL_ADDRESS
+                | CUDA_ERROR_ILLEGAL_INSTRUCTION
+                | CUDA_ERROR_MISALIGNED_ADDRESS
+                | CUDA_ERROR_INVALID_ADDRESS_SPACE
+                | CUDA_ERROR_INVALID_PC
+                | CUDA_ERROR_HARDWARE_STACK_ERROR
+                | CUDA_ERROR_ASSERT
+                | CUDA_ERROR_LAUNCH_FAILED
+                | CUDA_ERROR_LAUNCH_TIMEOUT
+                | CUDA_ERROR_ECC_UNCORRECTABLE
+                | CUDA_ERROR_NVLINK_UNCORRECTABLE
+                | CUDA_ERROR_CONTEXT_IS_DESTROYED
+                | CUDA_ERROR_DEINITIALIZED
+        )
+    }
+
     /// True if a stream capture prevents the call. The call had no effect then, and the device has
     /// not failed.
     pub(crate) fn is_of_capture(&self) -> bool {

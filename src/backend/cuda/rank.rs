@@ -289,7 +289,9 @@ impl Rank {
 
     /// True if the pending average has ended, or there is none.
     pub(crate) fn is_done(&self) -> bool {
-        self.pending.as_ref().is_none_or(|done| done.is_over()) // `finish` returns any error
+        let Some(done) = &self.pending else { return true };
+        beside::look(&self.beside);
+        done.is_over() // `finish` returns any error
     }
 
     /// Waits for the pending average, if any. Without one it makes no driver call, which a thread

@@ -39,21 +39,28 @@ pub(super) fn set(
     }
 }
 
-/// Waits for launches. Those beside them that fail have ended, so that nothing waits for them: the
-/// ranks there have departed, though their own threads may not know yet.
+/// Looks at the launches on other devices. Those that fail have ended, as has all work of their
+/// context by what NVIDIA documents, so that nothing waits for them: the ranks there have departed,
+/// though their own threads may not know yet. True if none is under way any more.
+pub(super) fn look(beside: &[Beside]) -> bool {
+    let is_over = |other: &Beside| match other.done.has_ended() {
+        Ok(has_ended) => has_ended,
+        Err(failed) if failed.is_of_lost_context() => {
+            let is_there = |&position: &usize| other.ranks >> position & 1 != 0;
+            (0..64).filter(is_there).for_each(|position| other.world.depart(position));
+            true
+        }
+        Err(_) => false, // of this call alone
+    };
+    beside.iter().filter(|other| !is_over(other)).count() == 0
+}
+
+/// Waits for launches, and for those beside them.
 pub(super) fn wait(done: &Event, beside: &mut Vec<Beside>) -> Result<(), Failed> {
     /// Looks before the wait sleeps.
     const AWAKE: u32 = 2000;
     let mut looks = 0;
-    while !beside.is_empty() && !done.has_ended()? {
-        beside.retain(|other| match other.done.has_ended() {
-            Ok(has_ended) => !has_ended,
-            Err(_) => {
-                let is_there = |&position: &usize| other.ranks >> position & 1 != 0;
-                (0..64).filter(is_there).for_each(|position| other.world.depart(position));
-                false
-            }
-        });
+    while !beside.is_empty() && !done.has_ended()? && !look(beside) {
         looks += 1;
         match looks {
             ..AWAKE => std::thread::yield_now(),

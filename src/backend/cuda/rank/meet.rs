@@ -39,7 +39,10 @@ impl Rank {
             }
         };
         let all = launches.all_gather_of_all(peers.position, launched);
-        super::beside::set(&mut self.beside, leader, &parts, &all, world);
+        self.beside.clear();
+        if matches!(all[leader], Some(Ok(_))) {
+            super::beside::set(&mut self.beside, leader, &parts, &all, world);
+        }
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
