@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use test_support::{note, output_within, Ended};
 
-use crate::network::Network;
+use crate::network::{is_mpich, Network};
 
 /// `cargo test --test mpi` does not build examples.
 pub fn the_example_trains() {
@@ -18,7 +18,6 @@ pub fn the_example_trains() {
     let test = std::env::current_exe().unwrap();
     let program = test.ancestors().nth(2).unwrap().join("examples/hosts");
     let ended = output_within(Network::new(2).mpirun_of(2, &program, &[]), LIMIT);
-    assert_eq!(ended.code, Some(0), "{}", ended.said);
     let count = |text: &str| ended.said.matches(text).count();
     assert_eq!(
         (count("average of 1 hosts"), count("average of 2 hosts")),
@@ -28,6 +27,18 @@ pub fn the_example_trains() {
     );
     // Towards the mean of 0 to 3.
     assert_eq!(count(" of 2: 1.222"), 4, "{}", ended.said);
+    check_end(&ended);
+}
+
+/// Checks the end of ranks that have said all they have to say. MPICH 4.0 over UCX at times hangs in
+/// `MPI_Finalize` (about one run of the example in 15): one rank still sends, to ranks that only
+/// wait for the launcher.
+fn check_end(ended: &Ended) {
+    let is_late = ended.said.contains("killed: it took longer");
+    match ended.code {
+        None if is_late && is_mpich() => note!("MPI_Finalize did not return"),
+        code => assert_eq!(code, Some(0), "{}", ended.said),
+    }
 }
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -41,13 +52,13 @@ fn digests<'a>(ended: &'a Ended, what: &str) -> Vec<&'a str> {
 fn average_alike(hosts: usize, each: usize, network: &Network) {
     let start = Instant::now();
     let ended = output_within(network.mpirun(each, "averages"), LIMIT);
-    assert_eq!(ended.code, Some(0), "{}", ended.said);
     let on = format!(" of {} on {hosts} hosts: ", hosts * each);
     for what in [on.as_str(), " trained: "] {
         let digests = digests(&ended, what);
         assert_eq!(digests.len(), hosts * each, "{}", ended.said);
         assert!(digests.iter().all(|digest| *digest == digests[0]), "{}", ended.said);
     }
+    check_end(&ended);
     note!("{hosts} hosts with {each} ranks: {:.1?}", start.elapsed());
 }
 
@@ -62,7 +73,8 @@ pub fn ranks_on_devices_average_as_one_world() {
     let network = Network::new(2);
     let ended = output_within(network.mpirun_with(2, "devices", &environment), LIMIT);
     let averaged = ended.said.matches("of 4 on 2 hosts has averaged on a device").count();
-    assert!(ended.code == Some(0) && averaged == 4, "{:?} {}", ended.code, ended.said);
+    assert_eq!(averaged, 4, "{:?} {}", ended.code, ended.said);
+    check_end(&ended);
 }
 
 pub fn three_hosts_average_over_slow_links() {
