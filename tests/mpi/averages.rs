@@ -30,9 +30,9 @@ pub fn the_example_trains() {
     check_end(&ended);
 }
 
-/// Checks the end of ranks that have said all they have to say. MPICH 4.0 over UCX at times hangs in
-/// `MPI_Finalize` (about one run of the example in 15): one rank still sends, to ranks that only
-/// wait for the launcher.
+/// Checks the end of ranks that have said all they have to say. MPICH 4.0 over UCX at times hangs
+/// in `MPI_Finalize` (3 of 46 runs of the example): one rank still sends, to ranks that only wait
+/// for the launcher.
 fn check_end(ended: &Ended) {
     let is_late = ended.said.contains("killed: it took longer");
     match ended.code {
