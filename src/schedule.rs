@@ -2,6 +2,8 @@
 
 mod course;
 pub(crate) mod place;
+#[cfg(test)]
+mod properties;
 mod rule;
 #[cfg(test)]
 mod tests;

@@ -334,14 +334,14 @@ impl Builder {
         match self.algorithm {
             Algorithm::Auto if self.reproducible || self.has_stage() => Algorithm::Ring,
             Algorithm::Auto if self.compression != Compression::None => Algorithm::Ring,
-            Algorithm::Auto if self.is_direct_fast() => Algorithm::Direct,
+            Algorithm::Auto if self.prefers_direct() => Algorithm::Direct,
             Algorithm::Auto => Algorithm::Ring,
             chosen => chosen,
         }
     }
 
-    /// True if the direct average is faster than the ring, and goes where the link is to go.
-    fn is_direct_fast(&self) -> bool {
+    /// True if `Auto` prefers the direct average to the ring. `Link::Host` asks for no peer access.
+    fn prefers_direct(&self) -> bool {
         let placement = self.communicator.placement();
         placement.one_memory() || (placement.is_joined() && self.link != Link::Host)
     }

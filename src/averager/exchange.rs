@@ -98,7 +98,7 @@ impl ParamAverager {
         self.agreement.control.give_up(self.position());
         self.communicator.fail(error);
         self.failed.get_or_insert_with(|| error.clone());
-        self.stage.iter().for_each(|stage| stage.abort(error));
+        self.stage.iter().for_each(|stage| stage.abort(&error.to_string()));
     }
 
     /// Shows all ranks a text about an average of this epoch, after all of them have learnt that it

@@ -4,9 +4,9 @@
 //! Each rank makes three steps with them. First all show what they are about to average; a host
 //! whose own sum has failed, or that differs, ends the average on all hosts. Then the shards are
 //! averaged. Then all show whether that, and the stage, succeeded. So the ranks of one number on
-//! all hosts vote alike, and the commit of each host counts the same votes. A host that fails after
-//! its word in the last exchange, or that the word of a failed host has not reached, can be left
-//! uncommitted where others have committed. Its link has ended, and so their next average fails.
+//! all hosts vote alike, and each host counts the same votes. A host that fails after its word in
+//! the last exchange, or that a failed host's word has not reached, may not have committed where
+//! others have. Its link has ended, and their next average fails.
 
 mod coded;
 mod mean;
@@ -228,8 +228,8 @@ impl RankHosts {
     }
 
     /// Tells the other hosts that this one can't average any more.
-    pub(super) fn abort(&self, error: &Error) {
-        self.link.abort(&error.to_string());
+    pub(super) fn abort(&self, reason: &str) {
+        self.link.abort(reason);
     }
 
     /// Bytes of the buffers.

@@ -129,7 +129,7 @@ impl ParamAverager {
     /// Notes that this averager can't average any more.
     pub(super) fn fail(&mut self, error: &Error) {
         self.failed = Some(error.clone());
-        self.stage.iter().for_each(|stage| stage.abort(error));
+        self.stage.iter().for_each(|stage| stage.abort(&error.to_string()));
     }
 
     /// Error of a device that failed. Peers are told that this rank has left.

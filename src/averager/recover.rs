@@ -205,8 +205,8 @@ impl ParamAverager {
             };
             if self.leaves_hosts {
                 self.options = self.options.clone().within_host();
-                let cause = Error::StaleView { rank: self.rank() };
-                self.stage.iter().for_each(|stage| stage.abort(&cause));
+                let left = "this host has left the others (recover_within_host)";
+                self.stage.iter().for_each(|stage| stage.abort(left));
             }
             let communicator = self.options.communicator.clone();
             if let Some((error, ranks)) = last.take() {

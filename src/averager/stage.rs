@@ -274,8 +274,8 @@ impl RankStage {
     }
 
     /// Tells other hosts that this one can't average any more.
-    pub(super) fn abort(&self, error: &Error) {
-        self.hosts.iter().for_each(|hosts| hosts.abort(error));
+    pub(super) fn abort(&self, reason: &str) {
+        self.hosts.iter().for_each(|hosts| hosts.abort(reason));
     }
 
     /// Bytes of the tables.

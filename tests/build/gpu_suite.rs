@@ -160,7 +160,7 @@ pub fn outcomes_are_distinguished() {
     }
 }
 
-/// Of the tests, those whose line matches; an expression that matches none is a failure.
+/// Tests whose line matches run; an expression that matches none is a failure.
 pub fn some_tests_run() {
     let folder = folder("some_tests_run");
     let (bundle, driver) = (bundle(&folder), driver(&folder, "Some GPU"));

@@ -89,7 +89,7 @@ fn each_average_is_an_event_of_tracing() {
         assert!(events.iter().all(|event| event["rank"] == rank.to_string()));
         assert_eq!((&events[0]["change"][..], &events[0]["local_steps"][..]), ("2.0", "0"));
         assert_eq!((&events[1]["change"][..], &events[1]["local_steps"][..]), ("0.0", "2"));
-        // Those of all ranks, in the average before.
+        // Waits of all ranks, in the average before.
         let of = |event: &BTreeMap<_, String>, name: &str| -> f64 { event[name].parse().unwrap() };
         for (before, event) in events.iter().zip(&events[1..]) {
             let list = event["waits_s"].trim_matches(['[', ']']);

@@ -8,8 +8,8 @@
 //! the step and from after it, each of them whole. While ranks load saved states, what one has may
 //! not be what the other has; see `is_previous_alike`.
 //!
-//! Of ranks on CUDA devices the state lies in page-locked memory of the host, since memory of a
-//! device ends with its process. The order above holds for what kernels store there. Only the ring
+//! State of ranks on CUDA devices lies in page-locked memory of the host, since memory of a device
+//! ends with its process. The order above holds for what kernels store there. Only the ring
 //! has ranks that share: its outer step is a launch of its own on every way that averages take, and
 //! the launch that sends the result comes later on the same stream, so all stores of the step come
 //! before the fence at system scope by which a chunk of the result is published (`Block::leave`).

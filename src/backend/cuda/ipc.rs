@@ -28,7 +28,7 @@ impl Registered {
         let _bound = context.bind()?;
         let start = memfd.address() as *mut _;
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
-        // Of no bytes, one is mapped.
+        // An empty memfd has one byte mapped.
         let bytes = memfd.bytes().max(1);
         // SAFETY: mapped with this size until it is unregistered.
         unsafe { call!(cuMemHostRegister_v2(start, bytes, flags)) }?;

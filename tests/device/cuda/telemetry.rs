@@ -27,7 +27,7 @@ fn told(devices: &[Device], algorithm: Algorithm, all_or_nothing: bool) -> Vec<V
         (told, averager)
     });
     let told: Vec<Vec<Report>> = told.into_iter().map(|(told, _)| told).collect();
-    // Of all ranks, in the average before.
+    // Waits of all ranks, in the average before.
     let waited: Vec<_> = told.iter().map(|reports| reports[0].waited).collect();
     for reports in &told {
         let [first, second] = [0, 1].map(|i| reports[i].telemetry.unwrap());
